@@ -1,0 +1,565 @@
+r"""LoRA projections that read one input: the engine of every fused LoRA block.
+
+A group is one to three projections of one X: q, k and v; gate and up; o alone; down alone.
+
+    Y_i = X W_i^T + s_i D_i(X) A_i^T B_i^T + b_i        Y = [Y_1 | ... | Y_n]
+
+    X [T, K]    W_i [N_i, K] frozen, 16/32-bit or 4-bit    A_i [R_i, K]    B_i [N_i, R_i]
+    b_i [N_i]   T tokens, K in, N = sum of N_i out, R = sum of R_i ranks; D_i is LoRA dropout
+
+LoRA and the bias are folded into the GEMM's K dimension, so that no output is read twice:
+
+    forward    Y  = [X, XA, 1] [W, sB, b]^T             XA = [D_i(X) A_i^T]
+    backward   dX = [dY, G] [W; A]                      G  = [s_i dY_i B_i]
+               dA_i = G_i^T D_i(X)    dB_i = s_i dY_i^T XA_i    db_i = sum over T of dY_i
+
+sB is block-diagonal over the projections; G, [dA] and [dB] are one GEMM each for the whole group,
+and db is the column of dY^T [XA, 1] that meets the ones. Folding costs a copy of what is not
+already in a wide buffer; `folding_pays` counts the bytes, and the two GEMMs stay apart where they
+are cheaper.
+
+Saved for backward by the callers: XA [T, R] only. X is theirs to keep or to recompute. Dropout
+masks are never stored: the generator's state is, and the same masks are drawn again.
+
+Products of r-wide tensors that become adapter gradients are accumulated and returned in fp32.
+LoRA: https://arxiv.org/abs/2106.09685
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorafuse.kernels.nf4 import Quantised4bit, dequantise
+from lorafuse.kernels.rms_norm import rms_norm_fwd
+from lorafuse.kernels.runtime import mm_fp32
+
+Weight = Tensor | Quantised4bit
+
+
+@dataclass(frozen=True, eq=False)
+class LoraProjection:
+    """One linear layer with its active adapter, as the kernels see it.
+
+    Attributes:
+        weight: [N, K] frozen, fp32/fp16/bf16, or `Quantised4bit` of that shape.
+        bias: [N] or None. May require a gradient; a LoRA bias is added to it beforehand.
+        A: [R, K] or None where the layer carries no active adapter.
+        B: [N, R], present exactly when `A` is.
+        scale: s, the adapter's scaling.
+        dropout: probability of LoRA dropout, 0 when not training.
+    """
+
+    weight: Weight
+    bias: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[1])
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.A is None else int(self.A.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class NormPrologue:
+    """A frozen RMS norm computed in front of a group: X = h * rstd * (offset + weight)."""
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype GEMMs run in: autocast's where it is on for `x`'s device, else `x`'s own."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off: inside a fused op every dtype is chosen here, not by the dispatcher."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def fold_alignment(device: torch.device) -> int:
+    """Columns that the r-wide part is padded to; 64 keeps bf16 rows in whole 128-byte lines."""
+    return 64 if device.type == "cuda" else 8
+
+
+def folding_pays(
+    rows: int, inner: int, outer: int, *, copies_input: bool, copies_weight: bool
+) -> bool:
+    """Whether folding moves fewer bytes than another read and write of the [rows, outer] output."""
+    return copies_input * rows * inner + copies_weight * inner * outer < rows * outer
+
+
+class Group:
+    """Layout of a group and its products, for one forward or backward pass.
+
+    Args:
+        projections: one to three projections of the same input.
+        dtype: compute dtype of the GEMMs.
+    """
+
+    def __init__(self, projections: Sequence[LoraProjection], dtype: torch.dtype) -> None:
+        self.projections = tuple(projections)
+        self.dtype = dtype
+        self.in_features = self.projections[0].in_features
+        self.rows: list[slice] = []
+        self.ranks: list[slice] = []
+        n = r = 0
+        for p in self.projections:
+            self.rows.append(slice(n, n + p.out_features))
+            self.ranks.append(slice(r, r + p.rank))
+            n, r = n + p.out_features, r + p.rank
+        self.out_features = n
+        self.has_bias = any(p.bias is not None for p in self.projections)
+        self.has_lora = r > 0
+        self.bias_column = r
+        self.has_dropout = any(p.dropout > 0 and p.A is not None for p in self.projections)
+        align = fold_alignment(self.device)
+        self.fold_forward = -(-(r + self.has_bias) // align) * align  # width of [XA, 1, 0...]
+        self.fold_backward = -(-r // align) * align  # width of [G, 0...]
+
+    @property
+    def device(self) -> torch.device:
+        weight = self.projections[0].weight
+        return weight.packed.device if isinstance(weight, Quantised4bit) else weight.device
+
+    @property
+    def copies_weight(self) -> bool:
+        """False when W is written afresh anyway: dequantised, or cast to the compute dtype."""
+        return all(
+            isinstance(p.weight, Tensor) and p.weight.dtype == self.dtype for p in self.projections
+        )
+
+    def folds_forward(self, rows: int, *, copies_input: bool) -> bool:
+        return self.fold_forward > 0 and folding_pays(
+            rows,
+            self.in_features,
+            self.out_features,
+            copies_input=copies_input,
+            copies_weight=self.copies_weight,
+        )
+
+    def folds_backward(self, rows: int, *, copies_input: bool) -> bool:
+        return (
+            self.fold_backward > 0
+            and not self.has_dropout
+            and folding_pays(
+                rows,
+                self.out_features,
+                self.in_features,
+                copies_input=copies_input,
+                copies_weight=self.copies_weight,
+            )
+        )
+
+    def write_weight(self, index: int, out: Tensor) -> None:
+        """Projection `index`'s W into `out` [N_i, K], a view of any row stride."""
+        weight = self.projections[index].weight
+        if isinstance(weight, Quantised4bit):
+            dequantise(weight, out)
+        else:
+            out.copy_(weight)
+
+    def plain_weight(self, index: int) -> Tensor:
+        """Projection `index`'s W in the compute dtype, without a copy where it already is."""
+        weight = self.projections[index].weight
+        if isinstance(weight, Quantised4bit):
+            out = torch.empty(weight.shape, device=self.device, dtype=self.dtype)
+            dequantise(weight, out)
+            return out
+        return weight.to(self.dtype)
+
+    def write_A(self, out: Tensor) -> Tensor:
+        """[A_1; A_2; ...] into `out` [>= R, K]; rows past R are zeroed."""
+        for p, ranks in zip(self.projections, self.ranks, strict=True):
+            if p.A is not None:
+                out[ranks].copy_(p.A)
+        out[self.ranks[-1].stop :].zero_()
+        return out
+
+    def write_sB(self, out: Tensor, *, bias: bool = False) -> Tensor:
+        """Block-diagonal sB into `out` [N, >= R], zeros elsewhere; with `bias`, b in its column."""
+        out.zero_()
+        for p, rows, ranks in zip(self.projections, self.rows, self.ranks, strict=True):
+            if p.B is not None:
+                torch.mul(p.B, p.scale, out=out[rows, ranks])
+            if bias and p.bias is not None:
+                out[rows, self.bias_column].copy_(p.bias)
+        return out
+
+    def dropped(self, x: Tensor, index: int) -> Tensor:
+        """D_i(X), drawn from the current generator in the order of the projections, as stock's."""
+        return F.dropout(x, self.projections[index].dropout, training=True)
+
+    def masks(self, like: Tensor, rng: "RngState | None") -> Iterator[tuple[int, Tensor]]:
+        """(i, D_i(1) [T, K]) of each adapted projection, drawn again from the saved state.
+
+        D(X) = D(1) * X: the same factor serves X, and the gradient that goes back through it.
+        """
+        assert rng is not None, "a group with dropout saves the generator's state"
+        with forked_rng(like.device):
+            rng.restore(like.device)
+            for i, p in enumerate(self.projections):
+                if p.A is not None:
+                    yield i, self.dropped(torch.ones_like(like), i)
+
+
+@dataclass(frozen=True, eq=False)
+class RngState:
+    """The generator as it was when a dropout mask was drawn, to draw the same mask again."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @staticmethod
+    def capture(device: torch.device) -> "RngState":
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return RngState(torch.get_rng_state(), cuda)
+
+    def restore(self, device: torch.device) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
+
+
+def forked_rng(device: torch.device) -> AbstractContextManager[Any]:
+    """Context after which the generators are as before."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def read_input(
+    x: Tensor,  # (T, K)
+    group: Group,
+    norm: NormPrologue | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """X in the compute dtype, in the left columns of a wide buffer where folding pays.
+
+    Returns:
+        (X [T, K], the wide buffer [T, K + fold_forward] or None, rstd [T] fp32 or None).
+    """
+    T, K = x.shape
+    copies = norm is None and x.dtype == group.dtype
+    wide: Tensor | None = None
+    if group.folds_forward(T, copies_input=copies):
+        wide = x.new_empty((T, K + group.fold_forward), dtype=group.dtype)
+        out = wide[:, :K]
+    elif norm is None:
+        return x.to(group.dtype), None, None
+    else:
+        out = x.new_empty((T, K), dtype=group.dtype)
+    if norm is None:
+        out.copy_(x)
+        return out, wide, None
+    return out, wide, rms_norm_fwd(x, norm.weight, norm.eps, norm.offset, out)
+
+
+def group_fwd(
+    group: Group,
+    x: Tensor,  # (T, K), compute dtype
+    wide: Tensor | None,  # (T, K + fold_forward) holding x on its left, or None
+    out: Tensor,  # (T, N), any row stride; compute dtype
+    residual: Tensor | None = None,  # (T, N)
+) -> tuple[Tensor, Tensor | None]:
+    """Writes Y (plus the residual) into `out`.
+
+    Returns:
+        (out, [XA, 1] contiguous [T, fold_forward] to save, or None without LoRA and bias).
+    """
+    T, K = x.shape
+    if group.fold_forward == 0:
+        _plain_forward(group, x, out, residual)
+        return out, None
+    target = x.new_empty((T, group.fold_forward)) if wide is None else wide[:, K:]
+    A = group.write_A(x.new_empty((group.fold_forward, K)))
+    if group.has_dropout:
+        target[:, group.ranks[-1].stop :].zero_()
+        for i, ranks in enumerate(group.ranks):
+            if ranks.stop > ranks.start:
+                torch.mm(group.dropped(x, i), A[ranks].t(), out=target[:, ranks])
+    else:
+        torch.mm(x, A.t(), out=target)
+    del A
+    if group.has_bias:
+        target[:, group.bias_column].fill_(1.0)
+    saved = target if wide is None else target.contiguous()
+    if wide is not None:
+        W = x.new_empty((group.out_features, K + group.fold_forward))
+        for i, rows in enumerate(group.rows):
+            group.write_weight(i, W[rows, :K])
+        group.write_sB(W[:, K:], bias=True)
+        _mm(wide, W.t(), out, residual)
+    else:
+        _plain_forward(group, x, out, residual)
+        sB = group.write_sB(x.new_empty((group.out_features, group.fold_forward)), bias=True)
+        out.addmm_(saved, sB.t())
+    return out, saved
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor, residual: Tensor | None) -> None:
+    if residual is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(residual, a, b, out=out)
+
+
+def _plain_forward(group: Group, x: Tensor, out: Tensor, residual: Tensor | None) -> None:
+    for i, rows in enumerate(group.rows):
+        part = None if residual is None else residual[:, rows]
+        _mm(x, group.plain_weight(i).t(), out[:, rows], part)
+
+
+def lora_gradient(group: Group, dy: Tensor, dy_wide: Tensor | None) -> Tensor | None:
+    """G = [s_i dY_i B_i] [T, fold_backward]; in `dy_wide`'s right columns where that is given."""
+    if not group.has_lora:
+        return None
+    sB = group.write_sB(dy.new_empty((group.out_features, group.fold_backward)))
+    if dy_wide is None:
+        return dy @ sB
+    return torch.mm(dy, sB, out=dy_wide[:, group.out_features :])
+
+
+def adapter_gradients(
+    group: Group,
+    x: Tensor,  # (T, K), compute dtype
+    xA: Tensor | None,  # (T, fold_forward), what group_fwd returned
+    dy: Tensor,  # (T, N), compute dtype, any row stride
+    G: Tensor | None,  # (T, fold_backward), from lora_gradient
+    needs: Sequence[bool],
+    rng: RngState | None = None,
+) -> list[Tensor | None]:
+    """dA_i, dB_i, db_i in the order of `flat_tensors`, each in its master's dtype, or None."""
+    gradients: list[Tensor | None] = [None] * len(needs)
+    if xA is not None and any(need for k, need in enumerate(needs) if k % 3 != 0):
+        # [dB/s, db] = dY^T [XA, 1]; the blocks off the diagonal are not used.
+        full = mm_fp32(dy.t(), xA)
+        for i, (p, rows) in enumerate(zip(group.projections, group.rows, strict=True)):
+            if p.B is not None and needs[3 * i + 1]:
+                gradients[3 * i + 1] = (full[rows, group.ranks[i]] * p.scale).to(p.B.dtype)
+            if p.bias is not None and needs[3 * i + 2]:
+                gradients[3 * i + 2] = full[rows, group.bias_column].to(p.bias.dtype)
+    if G is None or not any(needs[::3]):
+        return gradients
+    if group.has_dropout:
+        for i, keep in group.masks(x, rng):
+            p = group.projections[i]
+            if p.A is not None and needs[3 * i]:
+                gradients[3 * i] = mm_fp32(G[:, group.ranks[i]].t(), x * keep).to(p.A.dtype)
+        return gradients
+    full = mm_fp32(G.t(), x)  # dA = G^T X
+    for i, p in enumerate(group.projections):
+        if p.A is not None and needs[3 * i]:
+            gradients[3 * i] = full[group.ranks[i]].to(p.A.dtype)
+    return gradients
+
+
+def input_gradient(
+    group: Group,
+    dy: Tensor,  # (T, N)
+    dy_wide: Tensor | None,  # (T, N + fold_backward): [dY, G]
+    G: Tensor | None,
+    rng: RngState | None = None,
+) -> Tensor:
+    """dX [T, K] in the compute dtype."""
+    K, N = group.in_features, group.out_features
+    if dy_wide is not None:
+        # dX = [dY, G] [W; A]
+        W = dy.new_empty((N + group.fold_backward, K))
+        for i, rows in enumerate(group.rows):
+            group.write_weight(i, W[rows])
+        group.write_A(W[N:])
+        return dy_wide @ W
+    dx = dy[:, group.rows[0]] @ group.plain_weight(0)
+    for i, rows in enumerate(group.rows[1:], start=1):
+        dx.addmm_(dy[:, rows], group.plain_weight(i))
+    if G is None:
+        return dx
+    if not group.has_dropout:
+        return dx.addmm_(G, group.write_A(dy.new_empty((group.fold_backward, K))))
+    for i, keep in group.masks(dx, rng):
+        A = group.projections[i].A
+        assert A is not None
+        dx.addcmul_(G[:, group.ranks[i]] @ A.to(group.dtype), keep)
+    return dx
+
+
+def flat_tensors(projections: Sequence[LoraProjection]) -> list[Tensor | None]:
+    """A_1, B_1, b_1, A_2, ...: what an autograd Function takes as its own arguments."""
+    return [t for p in projections for t in (p.A, p.B, p.bias)]
+
+
+def with_tensors(
+    projections: Sequence[LoraProjection], tensors: Sequence[Tensor | None]
+) -> tuple[LoraProjection, ...]:
+    """The projections with `tensors`, in the order of `flat_tensors`, for their own."""
+    return tuple(
+        LoraProjection(
+            p.weight, tensors[3 * i + 2], tensors[3 * i], tensors[3 * i + 1], p.scale, p.dropout
+        )
+        for i, p in enumerate(projections)
+    )
+
+
+def without_tensors(projections: Sequence[LoraProjection]) -> tuple[LoraProjection, ...]:
+    """The projections' constants only: what a context may keep without keeping graph tensors."""
+    return tuple(LoraProjection(p.weight, scale=p.scale, dropout=p.dropout) for p in projections)
+
+
+def check_projections(x: Tensor, projections: Sequence[LoraProjection]) -> None:
+    """Raises ValueError where shapes do not fit together."""
+    if not projections:
+        raise ValueError("got no projections; expected one to three")
+    K = x.shape[-1]
+    for p in projections:
+        N, k = p.weight.shape
+        if k != K:
+            raise ValueError(f"weight is [{N}, {k}] but the input has {K} features")
+        if (p.A is None) != (p.B is None):
+            raise ValueError("A and B come together: got one of them")
+        if p.A is not None and p.B is not None:
+            if tuple(p.A.shape) != (p.rank, K) or tuple(p.B.shape) != (N, p.rank):
+                raise ValueError(
+                    f"A is {tuple(p.A.shape)} and B {tuple(p.B.shape)}; "
+                    f"expected [r, {K}] and [{N}, r] of one rank r"
+                )
+        if p.bias is not None and tuple(p.bias.shape) != (N,):
+            raise ValueError(f"bias is {tuple(p.bias.shape)}; expected [{N}]")
+
+
+def reference(x: Tensor, projections: Sequence[LoraProjection]) -> tuple[Tensor, ...]:
+    """The definition, one output a projection, in plain torch; LoRA dropout drawn in order.
+
+    Args:
+        x: [..., K].
+        projections: of [N_i, K] each.
+
+    Returns:
+        One [..., N_i] tensor a projection.
+    """
+    outputs = []
+    for p in projections:
+        weight = Group([p], x.dtype).plain_weight(0)
+        y = F.linear(x, weight, None if p.bias is None else p.bias.to(x.dtype))
+        if p.A is not None and p.B is not None:
+            xA = F.linear(F.dropout(x, p.dropout), p.A.to(x.dtype))
+            y = y + F.linear(xA, p.B.to(x.dtype)) * p.scale
+        outputs.append(y)
+    return tuple(outputs)
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """Saves X (or h and rstd), XA and the adapters; recomputes the norm and the dropout masks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        projections: tuple[LoraProjection, ...],
+        dtype: torch.dtype,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        with without_autocast(x):
+            group = Group(with_tensors(projections, tensors), dtype)
+            flat = x.reshape(-1, x.shape[-1])
+            rng = RngState.capture(x.device) if group.has_dropout else None
+            source, wide, _ = read_input(flat, group, None)
+            y = source.new_empty((flat.shape[0], group.out_features))
+            flat_residual = None if residual is None else residual.reshape(-1, group.out_features)
+            folded = flat_residual if residual is not None and residual.dtype == dtype else None
+            _, xA = group_fwd(group, source, wide, y, folded)
+            if flat_residual is not None and folded is None:
+                y = flat_residual + y
+        ctx.save_for_backward(x, xA, *tensors)
+        ctx.projections, ctx.dtype, ctx.rng = projections, dtype, rng
+        return tuple(y[:, rows].view(*x.shape[:-1], -1) for rows in group.rows)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, xA, *tensors = ctx.saved_tensors
+        with without_autocast(x):
+            group = Group(with_tensors(ctx.projections, tensors), ctx.dtype)
+            flat = x.reshape(-1, x.shape[-1])
+            T = flat.shape[0]
+            need_dx = ctx.needs_input_grad[0]
+            parts = [dy.reshape(T, -1) for dy in dys]
+            dy, dy_wide = gather_gradients(group, parts, need_dx=need_dx)
+            G = lora_gradient(group, dy, dy_wide)
+            needs = ctx.needs_input_grad[4:]
+            adapters = adapter_gradients(group, flat.to(ctx.dtype), xA, dy, G, needs, ctx.rng)
+            dx = None
+            if need_dx:
+                dx = input_gradient(group, dy, dy_wide, G, ctx.rng).view(x.shape).to(x.dtype)
+        dresidual = dys[0] if ctx.needs_input_grad[1] else None
+        return dx, dresidual, None, None, *adapters
+
+
+def gather_gradients(
+    group: Group, parts: Sequence[Tensor], *, need_dx: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dY [T, N] in the compute dtype from its parts, in a wide buffer where folding pays."""
+    T, N = parts[0].shape[0], group.out_features
+    single = len(parts) == 1 and parts[0].dtype == group.dtype and parts[0].stride(-1) == 1
+    if need_dx and group.folds_backward(T, copies_input=single):
+        wide = parts[0].new_empty((T, N + group.fold_backward), dtype=group.dtype)
+        dy = wide[:, :N]
+    elif single:
+        return parts[0], None
+    else:
+        wide = None
+        dy = parts[0].new_empty((T, N), dtype=group.dtype)
+    for rows, part in zip(group.rows, parts, strict=True):
+        dy[:, rows].copy_(part)
+    return dy, wide
+
+
+def lora_linear(
+    x: Tensor,
+    projections: Sequence[LoraProjection],
+    residual: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Y_i = X W_i^T + s_i D_i(X) A_i^T B_i^T + b_i (+ residual) for projections of one input.
+
+    Under autocast the GEMMs run in autocast's dtype, else in `x`'s. Gradients flow to `x`,
+    `residual`, and to each A, B and bias that requires them; base weights are frozen and get none.
+
+    Args:
+        x: [..., K], fp32/fp16/bf16 (fp64 for tests).
+        projections: one to three `LoraProjection`s of K input features.
+        residual: [..., N] added to the output; with one projection only. Where its dtype is not
+            the compute dtype, the sum is of torch's promoted dtype, as in stock code.
+
+    Returns:
+        One [..., N_i] tensor a projection, in the compute dtype.
+
+    Raises:
+        ValueError: shapes do not fit, or a residual came with several projections.
+    """
+    check_projections(x, projections)
+    if residual is not None and len(projections) != 1:
+        raise ValueError(f"a residual goes with one projection; got {len(projections)}")
+    outputs: tuple[Tensor, ...] = LoraLinearFunction.apply(
+        x,
+        residual,
+        without_tensors(projections),
+        compute_dtype(x),
+        *flat_tensors(projections),
+    )
+    return outputs

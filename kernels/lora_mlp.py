@@ -1,0 +1,268 @@
+r"""A gated MLP with LoRA on any projection, and optionally its RMS norm and residual.
+
+    X = norm(h)  or h                  [T, K]
+    [gate | up] = X W_gu^T + LoRA      [T, 2I]     one GEMM
+    M = act(gate) * up                 [T, I]      one kernel
+    Y = M W_d^T + LoRA (+ residual)    [T, K]      the residual is the GEMM's C operand
+
+Saved: h, rstd, gate/up [T, 2I], the r-wide XA and MA. X and M are recomputed in backward from what
+is kept. Backward, from dY [T, K]:
+
+    dM = [dY, G_d] [W_d; A_d]          G_d = s dY B_d
+    dgate, dup, M in place over gate, up, dM; then dA_d = G_d^T M, and M is dropped
+    dX = [dgate, dup, G_gu] [W_gu; A_gu]
+    dh = d(norm)(dX) + dY              dY is the residual's gradient
+
+gate/up are overwritten by their gradients, in the buffer that already has room for G_gu. A second
+backward through the same graph (`retain_graph=True`) notices and recomputes them from h.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafuse.kernels.glu import glu_bwd_, glu_fwd
+from lorafuse.kernels.glu import reference as glu_reference
+from lorafuse.kernels.lora_linear import (
+    Group,
+    LoraProjection,
+    NormPrologue,
+    RngState,
+    adapter_gradients,
+    check_projections,
+    compute_dtype,
+    flat_tensors,
+    forked_rng,
+    group_fwd,
+    input_gradient,
+    lora_gradient,
+    read_input,
+    with_tensors,
+    without_autocast,
+    without_tensors,
+)
+from lorafuse.kernels.lora_linear import reference as linear_reference
+from lorafuse.kernels.rms_norm import reference as rms_norm_reference
+from lorafuse.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd
+
+
+def reference(
+    h: Tensor,
+    gate_up: Sequence[LoraProjection],
+    down: LoraProjection,
+    activation: str,
+    norm: NormPrologue | None = None,
+    residual: bool = False,
+) -> Tensor:
+    """The definition in plain torch. h [..., K]; gate_up is (gate, up), or one of 2I outputs."""
+    x = h if norm is None else rms_norm_reference(h, norm.weight, norm.eps, norm.offset)
+    gate, up = torch.cat(linear_reference(x, gate_up), -1).chunk(2, -1)
+    (y,) = linear_reference(glu_reference(gate, up, activation), [down])
+    return h + y if residual else y
+
+
+class LoraMlpFunction(torch.autograd.Function):
+    """Forward and hand-derived backward; see the module's docstring for what is saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        gate_up: tuple[LoraProjection, ...],
+        down: LoraProjection,
+        activation: str,
+        norm: NormPrologue | None,
+        residual: bool,
+        dtype: torch.dtype,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        with without_autocast(h):
+            flat = h.reshape(-1, h.shape[-1])
+            split = 3 * len(gate_up)
+            first = Group(with_tensors(gate_up, tensors[:split]), dtype)
+            second = Group(with_tensors((down,), tensors[split:]), dtype)
+            rng_first = RngState.capture(h.device) if first.has_dropout else None
+            x, x_wide, rstd = read_input(flat, first, norm)
+            gu, gA = _gate_up(first, x, x_wide)
+            del x, x_wide
+            rng_second = RngState.capture(h.device) if second.has_dropout else None
+            m, m_wide = _activate(gu, first, second, activation)
+            same = flat.dtype == dtype
+            y = flat.new_empty(flat.shape[0], second.out_features, dtype=dtype)
+            _, mA = group_fwd(second, m, m_wide, y, flat if residual and same else None)
+            if residual and not same:
+                y = flat + y
+        ctx.save_for_backward(h, rstd, gu, gA, mA, *tensors)
+        ctx.spec = gate_up, down, activation, norm, residual, dtype
+        ctx.rng = rng_first, rng_second
+        ctx.consumed = False
+        return y.view(*h.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, rstd, gu, gA, mA, *tensors = ctx.saved_tensors
+        gate_up, down, activation, norm, residual, dtype = ctx.spec
+        rng_first, rng_second = ctx.rng
+        needs = ctx.needs_input_grad[7:]
+        need_h = ctx.needs_input_grad[0]
+        with without_autocast(h):
+            flat = h.reshape(-1, h.shape[-1])
+            split = 3 * len(gate_up)
+            first = Group(with_tensors(gate_up, tensors[:split]), dtype)
+            second = Group(with_tensors((down,), tensors[split:]), dtype)
+            if ctx.consumed:
+                gu = _recompute_gate_up(first, flat, norm, rng_first)
+            ctx.consumed = True
+            gu = gu.data  # autograd's version check is for readers that do not know; we are told
+            width = first.out_features
+            gate, up = gu[:, : width // 2], gu[:, width // 2 : width]
+            need_first = need_h or any(needs[:split])
+
+            dflat = dy.reshape(flat.shape[0], -1)
+            below = _down_backward(
+                second, gate, up, activation, dflat, mA, needs[split:], need_first, rng_second
+            )
+            if not need_first:
+                return (None,) * (7 + split) + tuple(below)
+
+            dgu, dgu_wide = gu[:, :width], None
+            if need_h and gu.shape[1] > width:
+                dgu_wide = gu
+            G = lora_gradient(first, dgu, dgu_wide)
+            dh = None
+            if need_h:
+                dh = input_gradient(first, dgu, dgu_wide, G, rng_first)
+            x = flat.to(dtype)
+            if norm is not None:
+                x = flat.new_empty(flat.shape, dtype=dtype)
+                rms_norm_fwd(flat, norm.weight, norm.eps, norm.offset, x)
+            above = adapter_gradients(first, x, gA, dgu, G, needs[:split], rng_first)
+            del x, gu, gate, up, dgu, dgu_wide, G
+            if dh is not None and norm is not None:
+                through = dflat if residual else None
+                dh, _ = rms_norm_bwd(
+                    dh, flat, norm.weight, rstd, norm.offset, through, need_dweight=False
+                )
+            elif dh is not None:
+                dh = (dh + dflat if residual else dh).to(h.dtype)
+        dh = None if dh is None else dh.view(h.shape)
+        return dh, None, None, None, None, None, None, *above, *below
+
+
+def _gate_up(group: Group, x: Tensor, x_wide: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """gate/up [T, 2I + room for G, where backward will fold], and the saved XA."""
+    room = group.fold_backward if group.folds_backward(x.shape[0], copies_input=False) else 0
+    gu = x.new_empty((x.shape[0], group.out_features + room))
+    _, xA = group_fwd(group, x, x_wide, gu[:, : group.out_features])
+    return gu, xA
+
+
+def _recompute_gate_up(
+    group: Group, flat: Tensor, norm: NormPrologue | None, rng: RngState | None
+) -> Tensor:
+    with forked_rng(flat.device):
+        if rng is not None:
+            rng.restore(flat.device)
+        x, x_wide, _ = read_input(flat, group, norm)
+        return _gate_up(group, x, x_wide)[0]
+
+
+def _activate(
+    gu: Tensor, first: Group, second: Group, activation: str
+) -> tuple[Tensor, Tensor | None]:
+    """M in the compute dtype, in the left columns of a wide buffer where folding pays."""
+    T, inner = gu.shape[0], second.in_features
+    wide = None
+    if second.folds_forward(T, copies_input=False):
+        wide = gu.new_empty((T, inner + second.fold_forward))
+        m = wide[:, :inner]
+    else:
+        m = gu.new_empty((T, inner))
+    glu_fwd(gu[:, :inner], gu[:, inner : first.out_features], activation, m)
+    return m, wide
+
+
+def _down_backward(
+    group: Group,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    dy: Tensor,
+    mA: Tensor | None,
+    needs: Sequence[bool],
+    need_first: bool,
+    rng: RngState | None,
+) -> list[Tensor | None]:
+    """Gradients of the down projection; leaves dgate and dup in gate and up."""
+    T = dy.shape[0]
+    dy_wide = None
+    if need_first and group.folds_backward(T, copies_input=True):
+        dy_wide = gate.new_empty((T, group.out_features + group.fold_backward))
+        dy_wide[:, : group.out_features].copy_(dy)
+        dy = dy_wide[:, : group.out_features]
+    else:
+        dy = dy.to(group.dtype)
+    if not need_first:
+        m = gate.new_empty((T, group.in_features))
+        glu_fwd(gate, up, activation, m)
+        return adapter_gradients(group, m, mA, dy, lora_gradient(group, dy, None), needs, rng)
+    # dM before dA: dA's other factor, M, appears where dM was, once gate and up are overwritten.
+    G = lora_gradient(group, dy, dy_wide)
+    dm = input_gradient(group, dy, dy_wide, G, rng)
+    glu_bwd_(gate, up, dm, activation)
+    return adapter_gradients(group, dm, mA, dy, G, needs, rng)
+
+
+def lora_mlp(
+    h: Tensor,
+    gate_up: Sequence[LoraProjection],
+    down: LoraProjection,
+    activation: str,
+    norm: NormPrologue | None = None,
+    residual: bool = False,
+) -> Tensor:
+    """Y = down(act(gate(X)) * up(X)) (+ h), with X = norm(h) or h, LoRA on any of the projections.
+
+    Under autocast the GEMMs run in autocast's dtype, else in `h`'s. Gradients flow to `h` and to
+    each A, B and bias that requires them; base weights and the norm's weight are frozen and get
+    none.
+
+    Args:
+        h: [..., K], fp32/fp16/bf16 (fp64 for tests).
+        gate_up: (gate, up) of [I, K] each, or one projection of [2I, K] whose first half is gate.
+        down: of [K', I].
+        activation: "silu", "gelu" (erf) or "gelu_tanh".
+        norm: frozen RMS norm in front, or None.
+        residual: add `h` to the output (K' = K).
+
+    Returns:
+        [..., K'] in the compute dtype, or with `residual` in the promoted dtype of that and `h`'s.
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    check_projections(h, gate_up)
+    inner = sum(p.out_features for p in gate_up)
+    if len(gate_up) > 2 or inner != 2 * down.in_features:
+        raise ValueError(
+            f"gate and up give {inner} features in {len(gate_up)} projections; expected twice the "
+            f"down projection's {down.in_features}, in one or two"
+        )
+    check_projections(h.new_empty((0, down.in_features)), [down])
+    if residual and down.out_features != h.shape[-1]:
+        raise ValueError(
+            f"a residual needs as many outputs as inputs; got {down.out_features} and {h.shape[-1]}"
+        )
+    output: Tensor = LoraMlpFunction.apply(
+        h,
+        without_tensors(gate_up),
+        without_tensors([down])[0],
+        activation,
+        norm,
+        residual,
+        compute_dtype(h),
+        *flat_tensors([*gate_up, down]),
+    )
+    return output

@@ -1,0 +1,201 @@
+r"""Query, key and value projections with LoRA, and optionally their RMS norm and RoPE.
+
+    X = norm(h) or h                       [T, K]
+    [q | k | v] = X W_qkv^T + LoRA         [T, N], N = (Hq + 2 Hk) D      one GEMM
+    q, k = rope(q), rope(k)                in place in that buffer
+
+Saved: h, rstd, the r-wide XA, cos and sin. X is recomputed in backward. Backward gathers dq, dk and
+dv from whatever layout attention left them in, turns dq and dk back and writes all three into the
+left columns of [dY, G] in one pass; then dX = [dY, G] [W; A] as in `lora_linear`.
+
+RoPE: https://arxiv.org/abs/2104.09864
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafuse.kernels.lora_linear import (
+    Group,
+    LoraProjection,
+    NormPrologue,
+    RngState,
+    adapter_gradients,
+    check_projections,
+    compute_dtype,
+    flat_tensors,
+    group_fwd,
+    input_gradient,
+    lora_gradient,
+    read_input,
+    with_tensors,
+    without_autocast,
+    without_tensors,
+)
+from lorafuse.kernels.lora_linear import reference as linear_reference
+from lorafuse.kernels.rms_norm import reference as rms_norm_reference
+from lorafuse.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd
+from lorafuse.kernels.rope import reference as rope_reference
+from lorafuse.kernels.rope import rope_copy, rope_qk_
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Head counts and size: the projections' N outputs are (query + 2 key_value) * size."""
+
+    query: int
+    key_value: int
+    size: int
+
+    @property
+    def features(self) -> int:
+        return (self.query + 2 * self.key_value) * self.size
+
+    def split(self, qkv: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Views [*shape, H, D] of the q, k and v columns of `qkv` [T, >= N]."""
+        parts, start = [], 0
+        for n in (self.query, self.key_value, self.key_value):
+            columns = qkv[:, start : start + n * self.size]
+            parts.append(columns.unflatten(0, shape).unflatten(-1, (n, self.size)))
+            start += n * self.size
+        return parts[0], parts[1], parts[2]
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """cos and sin [1 or B, S, rotary size] as transformers passes them, and their pairing."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = False
+
+
+def reference(
+    h: Tensor,
+    projections: Sequence[LoraProjection],
+    heads: Heads,
+    norm: NormPrologue | None = None,
+    rotary: Rotary | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition in plain torch. h [B, S, K] -> q [B, S, Hq, D], k and v [B, S, Hk, D]."""
+    x = h if norm is None else rms_norm_reference(h, norm.weight, norm.eps, norm.offset)
+    qkv = torch.cat(linear_reference(x, projections), -1)
+    q, k, v = heads.split(qkv.flatten(0, 1), h.shape[:2])
+    if rotary is not None:
+        q, k = (rope_reference(t, rotary.cos, rotary.sin, rotary.interleaved) for t in (q, k))
+    return q, k, v
+
+
+class LoraQkvFunction(torch.autograd.Function):
+    """Forward and hand-derived backward; see the module's docstring for what is saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        projections: tuple[LoraProjection, ...],
+        heads: Heads,
+        norm: NormPrologue | None,
+        rotary: Rotary | None,
+        dtype: torch.dtype,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with without_autocast(h):
+            group = Group(with_tensors(projections, tensors), dtype)
+            flat = h.reshape(-1, h.shape[-1])
+            rng = RngState.capture(h.device) if group.has_dropout else None
+            x, wide, rstd = read_input(flat, group, norm)
+            qkv = x.new_empty((flat.shape[0], group.out_features))
+            _, xA = group_fwd(group, x, wide, qkv)
+            q, k, v = heads.split(qkv, h.shape[:2])
+            if rotary is not None:
+                rope_qk_(q, k, rotary.cos, rotary.sin, rotary.interleaved, False)
+        ctx.save_for_backward(h, rstd, xA, *tensors)
+        ctx.spec = projections, heads, norm, rotary, dtype, rng
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        h, rstd, xA, *tensors = ctx.saved_tensors
+        projections, heads, norm, rotary, dtype, rng = ctx.spec
+        needs, need_h = ctx.needs_input_grad[6:], ctx.needs_input_grad[0]
+        with without_autocast(h):
+            group = Group(with_tensors(projections, tensors), dtype)
+            flat = h.reshape(-1, h.shape[-1])
+            T, N = flat.shape[0], group.out_features
+            wide = None
+            if need_h and group.folds_backward(T, copies_input=False):
+                wide = flat.new_empty((T, N + group.fold_backward), dtype=dtype)
+                dy = wide[:, :N]
+            else:
+                dy = flat.new_empty((T, N), dtype=dtype)
+            to_q, to_k, to_v = heads.split(dy, h.shape[:2])
+            to_v.copy_(dv)
+            if rotary is None:
+                to_q.copy_(dq)
+                to_k.copy_(dk)
+            else:
+                cos, sin = rotary.cos, rotary.sin
+                rope_copy(dq, dk, to_q, to_k, cos, sin, rotary.interleaved, True)
+            G = lora_gradient(group, dy, wide)
+            dh = input_gradient(group, dy, wide, G, rng) if need_h else None
+            x = flat.to(dtype)
+            if norm is not None:
+                x = flat.new_empty(flat.shape, dtype=dtype)
+                rms_norm_fwd(flat, norm.weight, norm.eps, norm.offset, x)
+            adapters = adapter_gradients(group, x, xA, dy, G, needs, rng)
+            del x, dy, wide, G
+            if dh is not None and norm is not None:
+                dh, _ = rms_norm_bwd(
+                    dh, flat, norm.weight, rstd, norm.offset, None, need_dweight=False
+                )
+        dh = None if dh is None else dh.to(h.dtype).view(h.shape)
+        return dh, None, None, None, None, None, *adapters
+
+
+def lora_qkv(
+    h: Tensor,
+    projections: Sequence[LoraProjection],
+    heads: Heads,
+    norm: NormPrologue | None = None,
+    rotary: Rotary | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of X = norm(h) or h, with LoRA on any of the projections, turned by RoPE.
+
+    Under autocast the GEMMs run in autocast's dtype, else in `h`'s. Gradients flow to `h` and to
+    each A, B and bias that requires them; base weights and the norm's weight are frozen and get
+    none.
+
+    Args:
+        h: [B, S, K], fp32/fp16/bf16 (fp64 for tests).
+        projections: (q, k, v) of [H D, K] each, or one of all their rows in that order.
+        heads: head counts and size.
+        norm: frozen RMS norm in front, or None.
+        rotary: applied to q and k, or None.
+
+    Returns:
+        q [B, S, Hq, D], k and v [B, S, Hk, D]: views of one buffer, in the compute dtype.
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    check_projections(h, projections)
+    features = sum(p.out_features for p in projections)
+    if h.dim() != 3 or features != heads.features:
+        raise ValueError(
+            f"got an input of shape {tuple(h.shape)} and projections of {features} features; "
+            f"expected [B, S, K] and {heads.features} features for {heads}"
+        )
+    outputs: tuple[Tensor, Tensor, Tensor] = LoraQkvFunction.apply(
+        h,
+        without_tensors(projections),
+        heads,
+        norm,
+        rotary,
+        compute_dtype(h),
+        *flat_tensors(projections),
+    )
+    return outputs

@@ -1,0 +1,175 @@
+"""Dequantisation of bitsandbytes' 4-bit weights (nf4, fp4), single and double quantised.
+
+    W[j] = code[nibble(j)] * absmax[j // blocksize]                        j: flat index in [N, K]
+    absmax[b] = code2[absmax_uint8[b]] * absmax2[b // blocksize2] + offset         double quantised
+
+nibble(2i) is the high half of byte i and nibble(2i + 1) the low half. Everything is fp32, each
+operation rounded as bitsandbytes rounds it, and W is rounded once more, at its store. One pass
+reads half a byte and writes one element of `out` for each of W: 2.5 bytes in bf16.
+
+bitsandbytes 0.50.2's own CPU kernel puts scales on the wrong elements where K is not a multiple of
+blocksize (its CUDA kernel and its torch fallback do not); this file follows the definition.
+
+Dettmers et al., "QLoRA", 2023, https://arxiv.org/abs/2305.14314
+Layout: bitsandbytes 0.50.2, `functional.QuantState` and `backends/default/ops.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafuse.kernels.runtime import launch_device, tl, triton, use_triton
+
+__all__ = ["Quantised4bit", "dequantise", "reference"]
+
+# Packed bytes of one tile: 8 a thread at 8 warps, which make two 16-byte stores of a 16-bit `out`.
+# Half of it stores without a trip through shared memory, but leaves too few bytes in flight.
+_TILE_BYTES = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised4bit:
+    """A weight W [N, K] in 4 bits, as bitsandbytes keeps it.
+
+    Raises:
+        ValueError: the parts do not fit together.
+    """
+
+    packed: Tensor  # uint8 [ceil(N * K / 2)], flat, high nibble first
+    code: Tensor  # fp32 [16]
+    absmax: Tensor  # [ceil(N * K / blocksize)]: fp32, or uint8 when nested
+    blocksize: int
+    shape: tuple[int, int]  # (N, K)
+    code2: Tensor | None = None  # fp32 [256]
+    absmax2: Tensor | None = None  # fp32 [ceil(blocks / blocksize2)]
+    offset: Tensor | None = None  # fp32 scalar
+    blocksize2: int | None = None
+
+    def __post_init__(self) -> None:
+        elements = self.shape[0] * self.shape[1]
+        blocks = -(-elements // self.blocksize)
+        expected = {"packed": -(-elements // 2), "code": 16, "absmax": blocks}
+        dtypes = {"packed": torch.uint8, "code": torch.float32, "absmax": torch.float32}
+        parts = (self.code2, self.absmax2, self.offset, self.blocksize2)
+        if self.nested:
+            if self.blocksize2 is None or any(part is None for part in parts):
+                raise ValueError(
+                    "a nested weight (uint8 absmax) needs code2, absmax2, offset and blocksize2; "
+                    "some of them are None"
+                )
+            expected |= {"code2": 256, "absmax2": -(-blocks // self.blocksize2), "offset": 1}
+            dtypes |= dict.fromkeys(("code2", "absmax2", "offset"), torch.float32)
+            dtypes["absmax"] = torch.uint8
+        if self.blocksize < 2 or self.blocksize & (self.blocksize - 1):
+            raise ValueError(f"blocksize must be a power of two, got {self.blocksize}")
+        for name, length in expected.items():
+            tensor: Tensor = getattr(self, name)
+            if (
+                tensor.numel() != length
+                or tensor.dtype != dtypes[name]
+                or not tensor.is_contiguous()
+            ):
+                raise ValueError(
+                    f"{name} of a {self.shape} weight must be {length} contiguous elements of "
+                    f"{dtypes[name]}, got {tuple(tensor.shape)} of {tensor.dtype}"
+                )
+
+    @property
+    def nested(self) -> bool:
+        """True when the block scales are quantised too (bitsandbytes' `compress_statistics`)."""
+        return self.absmax.dtype == torch.uint8
+
+
+def reference(w: Quantised4bit) -> Tensor:
+    """The definition: W in fp32, [N, K]."""
+    N, K = w.shape
+    absmax = _scales(w)
+    # One gather of a byte's two values costs half of two gathers of one value each.
+    pairs = torch.stack((w.code.repeat_interleave(16), w.code.repeat(16)), -1)
+    values = pairs[w.packed.flatten().int()].flatten()[: N * K]
+    whole = N * K // w.blocksize * w.blocksize
+    scaled = values[:whole].view(-1, w.blocksize) * absmax[: whole // w.blocksize, None]
+    if whole == N * K:
+        return scaled.view(N, K)
+    return torch.cat((scaled.flatten(), values[whole:] * absmax[-1])).view(N, K)
+
+
+def _scales(w: Quantised4bit) -> Tensor:
+    """absmax, fp32 [blocks]."""
+    absmax = w.absmax.flatten()
+    if w.code2 is None or w.absmax2 is None or w.offset is None or w.blocksize2 is None:
+        return absmax
+    absmax2 = w.absmax2.flatten().repeat_interleave(w.blocksize2)[: absmax.numel()]
+    return w.code2[absmax.int()] * absmax2 + w.offset
+
+
+@triton.jit
+def _dequantise_kernel(
+    packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr,
+    elements, out_row,  # N * K; row stride of out
+    K: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, BLOCKS: tl.constexpr,
+    NESTED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """BLOCKS quantisation blocks, one a row of the tile: their scales are loaded once for each row."""
+    HALF: tl.constexpr = BLOCKSIZE // 2
+    # The tile's start is int64 and scalar; offsets within it fit int32.
+    first = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCKSIZE)
+    o_block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    o_byte = tl.arange(0, BLOCKS)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    o_element = tl.arange(0, BLOCKS)[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    m_block, m_byte, m_element = None, None, None
+    # Masks only where the last tile is cut: elsewhere they would narrow the accesses.
+    if not EVEN:
+        m_block = first + tl.arange(0, BLOCKS) * BLOCKSIZE < elements
+        m_byte = first + o_byte * 2 < elements
+        m_element = first + o_element < elements
+
+    scale = tl.load(absmax_ptr + o_block, m_block)
+    if NESTED:
+        scale = tl.load(code2_ptr + scale.to(tl.int32), m_block)
+        scale = scale * tl.load(absmax2_ptr + o_block // BLOCKSIZE2, m_block) + tl.load(offset_ptr)
+    byte = tl.load(packed_ptr + first // 2 + o_byte, m_byte).to(tl.int32)
+    high = tl.load(code_ptr + (byte >> 4), m_byte) * scale[:, None]
+    low = tl.load(code_ptr + (byte & 15), m_byte) * scale[:, None]
+    dtype = out_ptr.dtype.element_ty
+    w = tl.interleave(high.to(dtype), low.to(dtype))
+
+    column = (first % K).to(tl.int32) + o_element
+    row = first // K + column // K
+    tl.store(out_ptr + row * out_row + column % K, w, m_element)
+
+
+def dequantise(
+    w: Quantised4bit,
+    out: Tensor,  # [N, K], any row stride; fp32, fp16 or bf16 (fp64: on the torch path)
+) -> None:
+    """Write W into `out`.
+
+    Raises:
+        ValueError: `out` has another shape or device than W, or rows that are not contiguous.
+    """
+    N, K = w.shape
+    if out.shape != w.shape or out.device != w.packed.device:
+        raise ValueError(
+            f"out must be {w.shape} on {w.packed.device} as the weight is, "
+            f"got {tuple(out.shape)} on {out.device}"
+        )
+    if K > 1 and out.stride(1) != 1:
+        raise ValueError(f"out must have contiguous rows, got strides {out.stride()}")
+    if not use_triton(out):
+        out.copy_(reference(w))
+        return
+    if N * K == 0:
+        return
+    blocks = max(1, 2 * _TILE_BYTES // w.blocksize)
+    tile = blocks * w.blocksize
+    with launch_device(out):
+        # fp fusion off: bitsandbytes rounds the product before it adds the offset.
+        _dequantise_kernel[(triton.cdiv(N * K, tile),)](
+            w.packed, w.code, w.absmax,
+            w.code if w.code2 is None else w.code2, w.code if w.absmax2 is None else w.absmax2,
+            w.code if w.offset is None else w.offset, out, N * K, out.stride(0),
+            K=K, BLOCKSIZE=w.blocksize, BLOCKSIZE2=w.blocksize2 or 1, BLOCKS=blocks,
+            NESTED=w.nested, EVEN=N * K % tile == 0, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip

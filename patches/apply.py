@@ -1,0 +1,504 @@
+"""Fuses a model: recognises its blocks, proves each distinct one, and binds the fused forwards.
+
+A decoder layer is fused as a whole where that is asked for and proven, else in parts: attention (or
+its projections alone), MLP, norms. What is fused, at which level, and why the rest is not, is
+recorded per operation and module.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from lorafuse.patches.loss import FusedCausalLoss, recognise_causal_head, verify_causal_loss
+from torch import Tensor, nn
+
+from lorafuse.patches.adapters import adapter_parameters
+from lorafuse.patches.attention import (
+    FusedAttention,
+    FusedOutputProjection,
+    FusedProjection,
+    SharedProjections,
+)
+from lorafuse.patches.bind import Binding, FusedForward, Unsupported
+from lorafuse.patches.decoder_layer import FusedDecoderLayer
+from lorafuse.patches.mlp import FusedMlp
+from lorafuse.patches.norms import FusedRmsNorm
+from lorafuse.patches.probe import LayerCall, record_layer_calls
+from lorafuse.patches.structure import (
+    BUILTIN_STRUCTURES,
+    NO_ATTENTION,
+    NO_GATED_MLP,
+    NO_RMS_NORM,
+    Attention,
+    DecoderLayer,
+    Description,
+    GatedMlp,
+    Projections,
+    Recogniser,
+    RmsNorm,
+    in_out,
+)
+from lorafuse.patches.verify import signature, verify
+from lorafuse.patches.weights import BUILTIN_WEIGHT_FORMATS, WeightFormat
+
+__all__ = [
+    "BUILTIN_STRUCTURES",
+    "BUILTIN_WEIGHT_FORMATS",
+    "OPERATIONS",
+    "FusedModel",
+    "OperationRecord",
+    "apply",
+]
+
+OPERATIONS = ("lora_mlp", "lora_qkv", "lora_o", "rms_norm", "rope", "attention", "cross_entropy")
+_NOTHING = {
+    "lora_mlp": NO_GATED_MLP,
+    "lora_qkv": NO_ATTENTION,
+    "lora_o": NO_ATTENTION,
+    "rms_norm": NO_RMS_NORM,
+    "rope": NO_ATTENTION,
+}
+
+
+@dataclass
+class OperationRecord:
+    """What became of one operation on one module.
+
+    Attributes:
+        operation: one of `OPERATIONS`, or a third party's.
+        module: qualified name; "" where nothing in the model offers itself.
+        fused: whether the fused form is bound.
+        level: "layer", "part", or "" where not fused.
+        reason: why it is not fused; "" where it is.
+        forward: the fused forward that performs it.
+    """
+
+    operation: str
+    module: str
+    fused: bool
+    level: str = ""
+    reason: str = ""
+    forward: FusedForward | None = None
+
+    @property
+    def calls(self) -> int:
+        """How often the fused path has run."""
+        return 0 if self.forward is None else self.forward.calls
+
+    @property
+    def stock_calls(self) -> dict[str, int]:
+        """reason -> how often a call went the stock way although the module is fused."""
+        return {} if self.forward is None else dict(self.forward.stock_calls)
+
+
+@dataclass
+class FusedModel:
+    """The outcome of `apply`, and the way back."""
+
+    records: list[OperationRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    binding: Binding = field(default_factory=Binding)
+
+    def unfuse(self) -> None:
+        """Restores every module's forward exactly; raises RuntimeError where that is impossible."""
+        self.binding.undo()
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    name: str
+    description: Description
+    recogniser: Recogniser
+
+
+class _Applier:
+    """One run of `apply`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        enabled: Mapping[str, bool],
+        structures: Sequence[Recogniser],
+        formats: Sequence[WeightFormat],
+        backend: str,
+    ) -> None:
+        self.model, self.enabled = model, enabled
+        self.structures, self.formats, self.backend = structures, formats, backend
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.result = FusedModel()
+        self.claimed: set[int] = set()
+        self.verified: dict[Hashable, tuple[str | None, bool]] = {}
+        self.calls: dict[nn.Module, LayerCall] = {}
+        self.why_parts: dict[str, str] = {}
+
+    def asks(self, *operations: str) -> bool:
+        return all(self.enabled.get(operation, False) for operation in operations)
+
+    def record(self, operation: str, module: nn.Module, reason: str) -> None:
+        if self.asks(operation):
+            name = self.names.get(id(module), "")
+            self.result.records.append(OperationRecord(operation, name, False, reason=reason))
+
+    def fuse(self, forward: FusedForward, operation: str, module: nn.Module, level: str) -> None:
+        name = self.names.get(id(module), "")
+        if self.asks(operation):
+            self.result.records.append(
+                OperationRecord(operation, name, True, level, forward=forward)
+            )
+
+    def run(self) -> FusedModel:
+        found = list(self.find())
+        if not adapter_parameters(self.model):
+            for operation in OPERATIONS:
+                self.record(operation, nn.Identity(), "the model has no LoRA adapters")
+            return self.result
+        layers = [f for f in found if isinstance(f.description, DecoderLayer)]
+        self.probe(layers)
+        for f in layers:
+            self.layer(f)
+        for kind, fuse_one in (
+            (Attention, self.attention),
+            (Projections, self.projections),
+            (GatedMlp, self.mlp),
+            (RmsNorm, self.norm),
+        ):
+            for f in found:
+                if isinstance(f.description, kind) and id(f.description.module) not in self.claimed:
+                    fuse_one(f)
+        self.causal_loss()
+        self.report_nothing()
+        for reason, name in self.why_parts.items():
+            self.result.notes.append(
+                f"decoder layers are fused in parts, not whole ({name}): {reason}"
+            )
+        return self.result
+
+    def find(self) -> Iterator[_Found]:
+        """Every recognised block whose surroundings carry an adapter; outermost first."""
+        parents = {id(c): m for m in self.model.modules() for c in m.children()}
+        carries: dict[int, bool] = {}
+        for name, module in self.model.named_modules():
+            parent = parents.get(id(module), module)
+            if id(parent) not in carries:
+                carries[id(parent)] = adapter_parameters(parent)
+            if not carries[id(parent)]:
+                continue
+            for recogniser in self.structures:
+                description = recogniser(module)
+                if description is not None:
+                    yield _Found(name, description, recogniser)
+
+    def probe(self, layers: Sequence[_Found]) -> None:
+        if not layers or not self.asks("lora_qkv", "lora_o", "rope"):
+            return
+        core: Any = self.model
+        core = core.get_base_model() if hasattr(core, "get_base_model") else core
+        backbone = getattr(core, getattr(core, "base_model_prefix", "") or "model", core)
+        try:
+            self.calls = record_layer_calls(backbone, [f.description.module for f in layers])
+        except Unsupported as unsupported:
+            self.why_parts[unsupported.reason] = layers[0].name
+
+    # One level at a time: propose, prove, bind.
+
+    def prove(
+        self,
+        f: _Found,
+        build: Callable[..., Sequence[FusedForward]],
+        call: Callable[[nn.Module, Tensor], Sequence[Tensor]],
+        hidden_size: int,
+        dtype: torch.dtype,
+    ) -> tuple[str | None, bool]:
+        """(reason or None, interleaved RoPE) for the block, computed once per distinct block."""
+        module = f.description.module
+        key = (signature(module), type(f.description), dtype)
+        if key not in self.verified:
+            reasons: list[str | None] = []
+            rotary = isinstance(f.description, Attention | DecoderLayer)
+            for interleaved in (False, True) if rotary else (False,):
+
+                def bind(replica: nn.Module, binding: Binding, pairs: bool = interleaved) -> None:
+                    for forward in build(f.recogniser(replica), pairs):
+                        binding.bind(forward.module, forward)
+
+                try:
+                    build(f.description, interleaved)  # what it cannot read needs no proof
+                    reasons.append(verify(module, bind, call, hidden_size, dtype))
+                except Unsupported as unsupported:
+                    reasons.append(unsupported.reason)
+                if reasons[-1] is None:
+                    break
+            good = reasons[-1] is None
+            self.verified[key] = (None if good else reasons[0], good and len(reasons) == 2)
+        return self.verified[key]
+
+    def bind(self, forwards: Sequence[FusedForward]) -> None:
+        for forward in forwards:
+            self.result.binding.bind(forward.module, forward)
+
+    def hidden_dtype(self, module: nn.Module) -> torch.dtype:
+        for layer, call in self.calls.items():
+            if module is layer or any(module is m for m in layer.modules()):
+                return call.hidden_states.dtype
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and not parameter.requires_grad:
+                return parameter.dtype
+        return torch.float32
+
+    def build_layer(self, layer: DecoderLayer, interleaved: bool) -> list[FusedDecoderLayer]:
+        return [FusedDecoderLayer(layer, self.formats, interleaved, self.backend)]
+
+    def layer(self, f: _Found) -> None:
+        layer = f.description
+        assert isinstance(layer, DecoderLayer)
+        if not self.asks(*FusedDecoderLayer.operations):
+            return
+        call = self.calls.get(layer.module)
+        if call is None:
+            return
+        reason, interleaved = self.prove(
+            f,
+            self.build_layer,
+            partial(_call_layer, call),
+            call.hidden_states.shape[-1],
+            call.hidden_states.dtype,
+        )
+        if reason is not None:
+            self.why_parts.setdefault(reason, f.name)
+            return
+        try:
+            (forward,) = self.build_layer(layer, interleaved)
+        except Unsupported as unsupported:
+            self.why_parts.setdefault(unsupported.reason, f.name)
+            return
+        self.bind([forward])
+        attention, mlp = layer.attention, layer.mlp
+        norms = [layer.attention_norm, layer.mlp_norm]
+        norms += [n for n in (layer.attention_post_norm, layer.mlp_post_norm) if n is not None]
+        norms += [n for n in (attention.q_norm, attention.k_norm) if n is not None]
+        self.fuse(forward, "lora_mlp", mlp.module, "layer")
+        for operation in ("lora_qkv", "lora_o", "rope"):
+            self.fuse(forward, operation, attention.module, "layer")
+        for norm in norms:
+            self.fuse(forward, "rms_norm", norm.module, "layer")
+        self.backend_record(forward, attention.module, "layer")
+        self.claimed |= {id(m) for m in layer.module.modules()}
+
+    def build_attention(self, attention: Attention, interleaved: bool) -> list[FusedAttention]:
+        return [FusedAttention(attention, self.formats, interleaved, self.backend)]
+
+    def attention(self, f: _Found) -> None:
+        attention = f.description
+        assert isinstance(attention, Attention)
+        if not self.asks("lora_qkv", "lora_o", "rope"):
+            return
+        call = next(
+            (c for m, c in self.calls.items() if attention.module in list(m.modules())), None
+        )
+        if call is None:
+            reason: str | None = next(iter(self.why_parts), "its decoder layer was not recognised")
+        else:
+            reason, interleaved = self.prove(
+                f,
+                self.build_attention,
+                partial(_call_layer, call),
+                call.hidden_states.shape[-1],
+                call.hidden_states.dtype,
+            )
+        if reason is not None:
+            self.record("rope", attention.module, f"attention is not fused as a block: {reason}")
+            return
+        (forward,) = self.build_attention(attention, interleaved)
+        self.bind([forward])
+        for operation in forward.operations:
+            self.fuse(forward, operation, attention.module, "part")
+        self.backend_record(forward, attention.module, "part")
+        self.claimed |= {id(attention.module)}
+
+    def projections(self, f: _Found) -> None:
+        projections = f.description
+        assert isinstance(projections, Projections)
+        for operation in ("lora_qkv", "lora_o"):
+            part = _Part(self, projections, operation)
+            self.part(f, part.build, part.call, operation, part.hidden_size)
+        if self.asks("rope") and not self.asks("lora_qkv", "lora_o"):
+            self.record(
+                "rope",
+                projections.module,
+                "RoPE is fused only together with fused_lora_qkv and fused_lora_o",
+            )
+
+    def mlp(self, f: _Found) -> None:
+        mlp = f.description
+        assert isinstance(mlp, GatedMlp)
+        self.part(
+            f,
+            lambda d, _: [FusedMlp(d, self.formats)],
+            lambda block, h: [block.forward(h)],
+            "lora_mlp",
+            in_out(mlp.gate_up[0])[0],
+        )
+
+    def norm(self, f: _Found) -> None:
+        norm = f.description
+        assert isinstance(norm, RmsNorm)
+        self.part(
+            f,
+            lambda d, _: [FusedRmsNorm(d)],
+            lambda block, h: [block.forward(h)],
+            "rms_norm",
+            norm.weight.numel(),
+        )
+
+    def part(
+        self,
+        f: _Found,
+        build: Callable[..., Sequence[FusedForward]],
+        call: Callable[[nn.Module, Tensor], Sequence[Tensor]],
+        operation: str,
+        hidden_size: int,
+    ) -> None:
+        """Proves and binds one operation of a block on its own."""
+        if not self.asks(operation):
+            return
+        module = f.description.module
+        key = (operation, signature(module))
+        if key not in self.verified:
+            self.verified[key] = self.prove_part(f, build, call, hidden_size)
+        reason = self.verified[key][0]
+        if reason is None:
+            try:
+                forwards = build(f.description, False)
+            except Unsupported as unsupported:
+                reason = unsupported.reason
+        if reason is not None:
+            self.record(operation, module, reason)
+            return
+        self.bind(forwards)
+        self.fuse(forwards[0], operation, module, "part")
+
+    def prove_part(
+        self,
+        f: _Found,
+        build: Callable[..., Sequence[FusedForward]],
+        call: Callable[[nn.Module, Tensor], Sequence[Tensor]],
+        hidden_size: int,
+    ) -> tuple[str | None, bool]:
+        def bind(replica: nn.Module, binding: Binding) -> None:
+            for forward in build(f.recogniser(replica), False):
+                binding.bind(forward.module, forward)
+
+        module = f.description.module
+        try:
+            build(f.description, False)
+            return verify(module, bind, call, hidden_size, self.hidden_dtype(module)), False
+        except Unsupported as unsupported:
+            return unsupported.reason, False
+
+    def backend_record(
+        self, forward: FusedDecoderLayer | FusedAttention, module: nn.Module, level: str
+    ) -> None:
+        """Whether this attention's backend order is changed on this device."""
+        if not self.asks("attention"):
+            return
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        if forward.attention.prefers_cudnn(torch.empty(0, device=device)):
+            self.fuse(forward, "attention", module, level)
+        else:
+            note = (
+                "attention: the backend is left to torch and transformers (cuDNN is preferred only "
+                "for attn_implementation=sdpa with fused_attention=auto on Hopper and newer GPUs)"
+            )
+            if note not in self.result.notes:
+                self.result.notes.append(note)
+
+    def causal_loss(self) -> None:
+        if not self.asks("cross_entropy"):
+            return
+        core: Any = self.model
+        core = core.get_base_model() if hasattr(core, "get_base_model") else core
+        head = recognise_causal_head(core)
+        reason = head if isinstance(head, str) else verify_causal_loss(head)
+        if reason is not None:
+            self.record("cross_entropy", core, reason)
+            return
+        assert not isinstance(head, str)
+        forward = FusedCausalLoss(head)
+        self.bind([forward])
+        self.fuse(forward, "cross_entropy", core, "part")
+
+    def report_nothing(self) -> None:
+        """One record for each operation that no module of the model offers."""
+        seen = {record.operation for record in self.result.records}
+        core: Any = self.model
+        core = core.get_base_model() if hasattr(core, "get_base_model") else core
+        for operation, what in _NOTHING.items():
+            if self.asks(operation) and operation not in seen:
+                reason = f"{what} was found in {type(core).__name__}"
+                self.record(operation, nn.Identity(), reason)
+
+
+class _Part:
+    """q, k and v, or o, of a module: how they are built and called on their own."""
+
+    def __init__(self, applier: _Applier, projections: Projections, operation: str) -> None:
+        self.formats, self.operation = applier.formats, operation
+        linears = projections.qkv if operation == "lora_qkv" else (projections.o,)
+        self.hidden_size = in_out(linears[0])[0]
+        self.paths = [
+            next(n for n, m in projections.module.named_modules() if m is linear)
+            for linear in linears
+        ]
+
+    def build(self, projections: Projections, _: bool) -> list[FusedForward]:
+        if self.operation == "lora_o":
+            return [FusedOutputProjection(projections, self.formats)]
+        shared = SharedProjections(projections, self.formats)
+        return [FusedProjection(shared, i) for i in range(len(shared.readers))]
+
+    def call(self, block: nn.Module, h: Tensor) -> list[Tensor]:
+        return [block.get_submodule(path).forward(h) for path in self.paths]
+
+
+def _call_layer(call: LayerCall, block: nn.Module, h: Tensor) -> list[Tensor]:
+    """Runs a decoder layer or its attention with the recorded arguments, floats in `h`'s dtype."""
+
+    def fit(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(h.dtype) if value.is_floating_point() else value
+        if isinstance(value, tuple):
+            return tuple(fit(item) for item in value)
+        return value
+
+    output = block.forward(hidden_states=h, **{k: fit(v) for k, v in call.kwargs.items()})
+    outputs = output if isinstance(output, tuple) else (output,)
+    return [o for o in outputs if isinstance(o, Tensor) and o.requires_grad][:1]
+
+
+def apply(
+    model: nn.Module,
+    enabled: Mapping[str, bool],
+    structures: Sequence[Recogniser] = BUILTIN_STRUCTURES,
+    weight_formats: Sequence[WeightFormat] = BUILTIN_WEIGHT_FORMATS,
+    attention: str = "auto",
+) -> FusedModel:
+    """Binds fused forwards on the instances of `model`, each proven first.
+
+    Args:
+        model: a PEFT model, or a model with PEFT layers in it; not wrapped by DDP or the like.
+        enabled: operation name -> whether it is asked for.
+        structures: recognisers, tried on every module in this order.
+        weight_formats: readers of base weights.
+        attention: "auto" (prefer cuDNN's attention where it is faster) or "sdpa" (torch's order).
+
+    Returns:
+        What was fused, what not and why, and the way back.
+    """
+    applier = _Applier(model, enabled, structures, weight_formats, attention)
+    try:
+        return applier.run()
+    except BaseException:
+        applier.result.unfuse()
+        raise

@@ -1,0 +1,88 @@
+"""Fused forwards on module instances, and the way back.
+
+A fused forward stands in its module's `__dict__` as `forward`; the class keeps its own. It is an
+object with attributes, not a closure, so that deepcopy and pickle of the model carry a fused
+forward that belongs to the copy. `Binding.undo` puts back exactly what was there.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Unsupported(Exception):
+    """A module, or one call of it, that lorafuse leaves to the stock path, with the reason why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class FusedForward:
+    """A callable that replaces one module's forward.
+
+    Attributes:
+        module: the module it stands on.
+        stock: the forward that it replaced, bound; every case that is not fused goes there.
+        operations: names of the operations that one call performs.
+        calls: how often the fused path ran.
+        stock_calls: reason -> how often a call went the stock way.
+    """
+
+    operations: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.stock: Callable[..., Any] = module.forward
+        self.calls = 0
+        self.stock_calls: Counter[str] = Counter()
+        # The trainers read the forward's parameters to decide which columns and loss arguments to
+        # pass.
+        self.__signature__ = inspect.signature(self.stock)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def fall_back(self, reason: str, *args: Any, **kwargs: Any) -> Any:
+        """Runs the stock forward for this call and counts why."""
+        self.stock_calls[reason] += 1
+        return self.stock(*args, **kwargs)
+
+
+class Binding:
+    """The fused forwards put on a model's modules, in order."""
+
+    def __init__(self) -> None:
+        self._bound: list[tuple[nn.Module, FusedForward, bool, Any]] = []
+
+    def bind(self, module: nn.Module, forward: FusedForward) -> None:
+        """Puts `forward` on the instance."""
+        had = "forward" in module.__dict__
+        self._bound.append((module, forward, had, module.__dict__.get("forward")))
+        module.__dict__["forward"] = forward
+
+    def undo(self) -> None:
+        """Takes every fused forward off again, newest first.
+
+        Raises:
+            RuntimeError: somebody replaced a forward on top of ours; nothing is taken off then.
+        """
+        foreign = [
+            type(module).__name__
+            for module, forward, _, _ in self._bound
+            if module.__dict__.get("forward") is not forward
+        ]
+        if foreign:
+            raise RuntimeError(
+                f"the forward of {len(foreign)} module(s) ({foreign[0]}, ...) was replaced again "
+                "after lorafuse had fused it; undo that replacement first, then call unfuse() again"
+            )
+        while self._bound:
+            module, _, had, previous = self._bound.pop()
+            if had:
+                module.__dict__["forward"] = previous
+            else:
+                del module.__dict__["forward"]

@@ -1,0 +1,39 @@
+"""Forward hooks on modules that a fused block would bypass.
+
+A fused block computes several modules at once, so that the hooks of those modules would not run.
+Hooks that matter send the call, or the block, to the stock path. transformers' own output-capturing
+hooks stay on a model for good once installed, and do nothing unless a forward asks for what they
+capture.
+"""
+
+from typing import Any
+
+from torch import nn
+
+_CAPTURING = "transformers.utils.output_capturing"
+
+
+def _capture_is_active() -> bool:
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return True
+    collected: dict[str, Any] | None = _active_collector.get()  # type: ignore[no-untyped-call]
+    return bool(collected) and any(key != "hidden_states" for key in collected or ())
+
+
+def has_live_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` would run a hook, now."""
+    if not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return False
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    for hook in module._forward_hooks.values():
+        if getattr(hook, "__module__", "") != _CAPTURING or _capture_is_active():
+            return True
+    return False

@@ -1,0 +1,308 @@
+"""Recognises a block by what it holds, never by its class name.
+
+A recogniser is a function `(module) -> description | None`. What it returns is a proposal: which
+child plays which role, in the order of likelihood where several readings are possible. `verify.py`
+then computes with it, and only a reading that reproduces the stock numbers is used.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+NO_GATED_MLP = "no gated MLP (gate, up and down projections with an activation)"
+NO_ATTENTION = "no attention with q, k, v and o projections"
+NO_RMS_NORM = "no RMS norm (one weight and an epsilon)"
+
+
+@dataclass(frozen=True, eq=False)
+class RmsNorm:
+    """One weight and an epsilon: y = x / rms(x) * (offset + weight)."""
+
+    module: nn.Module
+    eps: float
+    offset: float
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module.weight  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class GatedMlp:
+    """down(act(gate(x)) * up(x)); gate and up may be one projection."""
+
+    module: nn.Module
+    gate_up: tuple[nn.Module, ...]
+    down: nn.Module
+    activation: str
+
+
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """q, k and v projections of one input (or one of all three), and o; whatever lies between."""
+
+    module: nn.Module
+    qkv: tuple[nn.Module, ...]
+    o: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """softmax(rope(q) rope(k)^T) v with its projections, and norms on q's and k's heads or none."""
+
+    module: nn.Module
+    qkv: tuple[nn.Module, ...]
+    o: nn.Module
+    head_size: int
+    query_heads: int
+    key_value_heads: int
+    q_norm: RmsNorm | None = None
+    k_norm: RmsNorm | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderLayer:
+    """h2 = h + [norm](attention(norm(h))); h3 = h2 + [norm](mlp(norm(h2))).
+
+    The norms in brackets stand behind the block in Gemma 2 and 3, and are None elsewhere.
+    """
+
+    module: nn.Module
+    attention: Attention
+    mlp: GatedMlp
+    attention_norm: RmsNorm
+    mlp_norm: RmsNorm
+    attention_post_norm: RmsNorm | None = None
+    mlp_post_norm: RmsNorm | None = None
+    dropouts: tuple[nn.Dropout, ...] = field(default=())
+
+
+Description = RmsNorm | GatedMlp | Projections | Attention | DecoderLayer
+Recogniser = Callable[[nn.Module], Any]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+_GATE_UP = (("gate_proj", "up_proj"), ("w1", "w3"), ("gate", "up"), ("linear", "linear_v"))
+_FUSED_GATE_UP = ("gate_up_proj", "gate_and_up_proj", "dense_h_to_4h", "wi")
+_DOWN = ("down_proj", "w2", "down", "linear_1", "dense_4h_to_h", "wo", "fc_out")
+_QKV = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"))
+_FUSED_QKV = ("qkv_proj", "query_key_value", "qkv", "Wqkv", "wqkv")
+_O = ("o_proj", "out_proj", "dense", "wo", "output")
+_Q_NORM = ("q_norm", "query_norm", "q_layernorm")
+_K_NORM = ("k_norm", "key_norm", "k_layernorm")
+
+
+def is_linear(module: object) -> bool:
+    """A linear layer of any format, adapted or not: it has in_features and out_features."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    return isinstance(module, nn.Module) and all(
+        isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")
+    )
+
+
+def in_out(module: nn.Module) -> tuple[int, int]:
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return int(base.in_features), int(base.out_features)
+
+
+def _named(module: nn.Module, names: Sequence[str]) -> nn.Module | None:
+    for name in names:
+        child = module._modules.get(name)
+        if child is not None and is_linear(child):
+            return child
+    return None
+
+
+def _all_named(module: nn.Module, sets: Sequence[Sequence[str]]) -> tuple[nn.Module, ...] | None:
+    for names in sets:
+        children = [module._modules.get(name) for name in names]
+        if all(is_linear(child) for child in children):
+            return tuple(child for child in children if child is not None)
+    return None
+
+
+def recognise_activation(function: object) -> str | None:
+    """Which activation `function` computes, found by its values and not by its name."""
+    if not callable(function):
+        return None
+    x = torch.linspace(-8, 8, 257)
+    try:
+        with torch.no_grad():
+            y = function(x)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return None
+    for name, activation in _ACTIVATIONS.items():
+        if torch.allclose(y, activation(x), rtol=1e-5, atol=1e-6):
+            return name
+    return None
+
+
+def recognise_rms_norm(module: nn.Module) -> RmsNorm | None:
+    """One 1-D parameter named weight, no children, an epsilon; its output tells the offset."""
+    if next(module.children(), None) is not None:
+        return None
+    parameters = dict(module.named_parameters(recurse=False))
+    if set(parameters) != {"weight"} or parameters["weight"].dim() != 1:
+        return None
+    eps = next(
+        (
+            float(value)
+            for name in ("variance_epsilon", "eps", "epsilon", "variance_eps")
+            if isinstance(value := getattr(module, name, None), int | float)
+        ),
+        None,
+    )
+    if eps is None or getattr(module, "bias", None) is not None:
+        return None
+    offset = _norm_offset(module, parameters["weight"], eps)
+    return None if offset is None else RmsNorm(module, eps, offset)
+
+
+def _norm_offset(module: nn.Module, weight: nn.Parameter, eps: float) -> float | None:
+    """0 or 1, whichever reproduces the module on a random row; None where neither does.
+
+    It is tried on a stand-in of the same class with eight random weights on the CPU, so that it
+    costs nothing on a GPU and works for a model on the meta device.
+    """
+    stand_in = type(module).__new__(type(module))
+    stand_in.__dict__.update(module.__dict__)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        w, x = torch.randn(weight.shape[0]), torch.randn(3, weight.shape[0])
+        stand_in._parameters = {"weight": nn.Parameter(w, requires_grad=False)}
+        stand_in.__dict__.pop("forward", None)
+        try:
+            y = type(module).forward(stand_in, x)
+        except Exception:  # somebody else's forward may raise anything; then it is not an RMS norm
+            return None
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            return None
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        for offset in (0.0, 1.0):
+            if torch.allclose(y.float(), normed * (w + offset), rtol=1e-4, atol=1e-5):
+                return offset
+    return None
+
+
+def recognise_gated_mlp(module: nn.Module) -> GatedMlp | None:
+    """Two projections up (or one that is twice as wide), one down, and an activation."""
+    linears = [child for child in module.children() if is_linear(child)]
+    if len(linears) not in (2, 3):
+        return None
+    down = _named(module, _DOWN)
+    fused = _named(module, _FUSED_GATE_UP) if len(linears) == 2 else None
+    pair = _all_named(module, _GATE_UP) if len(linears) == 3 else None
+    gate_up = (fused,) if fused is not None else pair
+    if down is None or gate_up is None:
+        return None
+    inner = sum(in_out(linear)[1] for linear in gate_up)
+    if inner != 2 * in_out(down)[0] or len({in_out(linear)[0] for linear in gate_up}) != 1:
+        return None
+    others = [
+        getattr(module, name)
+        for name in ("act_fn", "activation_fn", "act", "activation", "hidden_act", "nonlinearity")
+        if callable(getattr(module, name, None))
+    ]
+    activation = next((name for f in others if (name := recognise_activation(f))), None)
+    return None if activation is None else GatedMlp(module, gate_up, down, activation)
+
+
+def recognise_projections(module: nn.Module) -> Projections | None:
+    """q, k, v and o linear layers as direct children."""
+    qkv = _all_named(module, _QKV)
+    if qkv is None:
+        one = _named(module, _FUSED_QKV)
+        qkv = None if one is None else (one,)
+    o = _named(module, _O)
+    if qkv is None or o is None or len({in_out(linear)[0] for linear in qkv}) != 1:
+        return None
+    return Projections(module, qkv, o)
+
+
+def recognise_attention(module: nn.Module) -> Attention | None:
+    """Projections, a head size, and no other parameters but those of norms on q's and k's heads."""
+    projections = recognise_projections(module)
+    size = getattr(module, "head_dim", None)
+    if projections is None or not isinstance(size, int) or size <= 0:
+        return None
+    if not isinstance(getattr(module, "scaling", None), int | float):
+        return None
+    total = sum(in_out(linear)[1] for linear in projections.qkv)
+    query = in_out(projections.o)[0]
+    if query % size or (total - query) % (2 * size) or total <= query:
+        return None
+    norms: list[RmsNorm | None] = []
+    for names in (_Q_NORM, _K_NORM):
+        child = next((module._modules[n] for n in names if module._modules.get(n)), None)
+        norm = None if child is None else recognise_rms_norm(child)
+        if child is not None and (norm is None or norm.weight.numel() != size):
+            return None
+        norms.append(norm)
+    known = {id(m) for m in (*projections.qkv, projections.o)}
+    known |= {id(norm.module) for norm in norms if norm is not None}
+    if any(id(c) not in known and any(True for _ in c.parameters()) for c in module.children()):
+        return None
+    if next(module.parameters(recurse=False), None) is not None:
+        return None
+    heads = query // size, (total - query) // (2 * size)
+    return Attention(module, projections.qkv, projections.o, size, *heads, *norms)
+
+
+def recognise_decoder_layer(module: nn.Module) -> DecoderLayer | None:
+    """One attention, one gated MLP, and two norms in front of them (and two behind, or none)."""
+    attention: Attention | None = None
+    mlp: GatedMlp | None = None
+    norms: list[RmsNorm] = []
+    dropouts: list[nn.Dropout] = []
+    for child in module.children():
+        if isinstance(child, nn.Dropout):
+            dropouts.append(child)
+        elif (norm := recognise_rms_norm(child)) is not None:
+            norms.append(norm)
+        elif attention is None and (found := recognise_attention(child)) is not None:
+            attention = found
+        elif mlp is None and (block := recognise_gated_mlp(child)) is not None:
+            mlp = block
+        elif not isinstance(child, nn.Identity):
+            return None
+    if attention is None or mlp is None or len(norms) not in (2, 4):
+        return None
+    if next(module.parameters(recurse=False), None) is not None:
+        return None
+    if len(norms) == 2:
+        return DecoderLayer(module, attention, mlp, norms[0], norms[1], dropouts=tuple(dropouts))
+    before, after, before_mlp, after_mlp = norms
+    return DecoderLayer(
+        module, attention, mlp, before, before_mlp, after, after_mlp, tuple(dropouts)
+    )
+
+
+BUILTIN_STRUCTURES: tuple[Recogniser, ...] = (
+    recognise_decoder_layer,
+    recognise_attention,
+    recognise_projections,
+    recognise_gated_mlp,
+    recognise_rms_norm,
+)
+
+
+def recognise(
+    model: nn.Module, recognisers: Sequence[Recogniser]
+) -> Iterator[tuple[str, Description]]:
+    """(qualified name, description) of all that a recogniser knows, outermost first."""
+    for name, module in model.named_modules():
+        for recogniser in recognisers:
+            description = recogniser(module)
+            if description is not None:
+                yield name, description

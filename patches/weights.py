@@ -1,0 +1,119 @@
+"""Frozen base weights of linear layers, in the formats that lorafuse computes with.
+
+A weight format is a function `(layer) -> WeightReader | None`: None where the layer is not of its
+kind. The reader is asked anew in every forward, because sharding and offloading move weights
+around.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafuse.kernels.nf4 import Quantised4bit
+from lorafuse.patches.bind import Unsupported
+
+Weight = Tensor | Quantised4bit
+
+
+@dataclass(frozen=True, eq=False)
+class WeightReader:
+    """How one linear layer's weight is read.
+
+    Attributes:
+        name: the format, for reports: "float", "bitsandbytes 4-bit".
+        read: gives the weight [N, K]; raises `Unsupported` where it cannot be read now.
+        dtype: gives the dtype that the layer insists on computing in without autocast, or None.
+    """
+
+    name: str
+    read: Callable[[], Weight]
+    dtype: Callable[[], torch.dtype | None] = lambda: None
+
+
+WeightFormat = Callable[[nn.Module], WeightReader | None]
+
+
+def check_plain(tensor: Tensor, what: str) -> None:
+    """Raises Unsupported where `tensor` is not an ordinary tensor with its data here."""
+    if tensor.is_meta:
+        raise Unsupported(f"{what} is on the meta device")
+    if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements"):
+        raise Unsupported(f"{what} is sharded (DTensor); fuse before the model is wrapped")
+    if tensor.numel() == 0:
+        raise Unsupported(f"{what} is empty here (partitioned by ZeRO-3?)")
+
+
+def float_weight(layer: nn.Module) -> WeightReader | None:
+    """nn.Linear with an fp32, fp16 or bf16 weight."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        return None
+    if layer.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        return None
+
+    def read() -> Weight:
+        weight = layer.weight
+        if weight.requires_grad:
+            raise Unsupported("its base weight is trainable")
+        check_plain(weight, "its base weight")
+        return weight
+
+    return WeightReader("float", read)
+
+
+def bitsandbytes_4bit(layer: nn.Module) -> WeightReader | None:
+    """bitsandbytes.nn.Linear4bit: NF4 or FP4, single or double quantised."""
+    bnb = sys.modules.get("bitsandbytes")  # a model can hold such a layer only where it is imported
+    if bnb is None or not isinstance(layer, bnb.nn.Linear4bit):
+        return None
+
+    def read() -> Weight:
+        return quantised_4bit(layer.weight)
+
+    return WeightReader("bitsandbytes 4-bit", read, lambda: layer.compute_dtype)
+
+
+def quantised_4bit(weight: Any) -> Quantised4bit:
+    """The packed bytes and scales of a bitsandbytes `Params4bit`; views, no copies.
+
+    bitsandbytes may store the bytes as bfloat16 or any other dtype (`quant_storage`).
+    """
+    state = weight.quant_state
+    if state is None:
+        raise Unsupported("its 4-bit weight is not quantised yet")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise Unsupported("bitsandbytes has repacked its 4-bit weight for CPU inference")
+    check_plain(weight.data, "its base weight")
+    nested = state.nested
+    return Quantised4bit(
+        packed=weight.data.view(torch.uint8).view(-1),
+        code=state.code,
+        absmax=state.absmax,
+        blocksize=state.blocksize,
+        shape=(int(state.shape[0]), int(state.shape[1])),
+        code2=state.state2.code if nested else None,
+        absmax2=state.state2.absmax if nested else None,
+        offset=state.offset if nested else None,
+        blocksize2=state.state2.blocksize if nested else None,
+    )
+
+
+BUILTIN_WEIGHT_FORMATS: tuple[WeightFormat, ...] = (bitsandbytes_4bit, float_weight)
+
+
+def find_reader(layer: nn.Module, formats: Sequence[WeightFormat]) -> WeightReader:
+    """The first format that knows `layer`.
+
+    Raises:
+        Unsupported: none does.
+    """
+    for weight_format in formats:
+        reader = weight_format(layer)
+        if reader is not None:
+            return reader
+    raise Unsupported(
+        f"its base layer is {type(layer).__name__}, not a float or 4-bit linear layer"
+    )

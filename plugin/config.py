@@ -1,0 +1,180 @@
+"""`FuseConfig`: the flags, with the same names in an Axolotl YAML and in Python.
+
+One rule holds in both: naming an operation turns on the operations that are named, and only these;
+naming none (or only those that are to stay off) turns on all the others. A YAML has one more word,
+`fused`: without it, and without an operation, nothing is fused.
+"""
+
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError, model_validator
+
+from lorafuse.plugin.errors import FuseConfigError
+
+SWITCHES = (
+    "fused_lora_mlp",
+    "fused_lora_qkv",
+    "fused_lora_o",
+    "fused_cross_entropy",
+    "fused_rms_norm",
+    "fused_rope",
+)
+OPERATIONS = (*SWITCHES, "fused_attention")
+EVERYTHING = "fused"
+PREFIX = "fused_"
+
+
+class FuseConfig(BaseModel):
+    """What to fuse.
+
+    Attributes:
+        fused_lora_mlp: Gated MLPs with LoRA on any of gate, up and down.
+        fused_lora_qkv: The query, key and value projections with LoRA on any of them.
+        fused_lora_o: The attention's output projection with LoRA.
+        fused_cross_entropy: Language-model head and loss, without the logits of the whole batch.
+        fused_rms_norm: RMS norms, plain and with the 1 + weight of Gemma.
+        fused_rope: Rotary position embedding of queries and keys.
+        fused_attention: `auto` picks the fastest backend here, `sdpa` keeps torch's own choice,
+            `off` leaves the attention alone.
+        fused_checkpointing: `auto` leaves the trainer's own gradient checkpointing as it is. The
+            other modes are not in this version and are refused.
+        fused_strict: An operation that cannot be fused, or is never called, stops the run.
+        fused_plugins: Load third parties' plugins (entry-point group `lorafuse`).
+            The environment variable `LORAFUSE_PLUGINS=0` switches them off too.
+        fused_trace: Log every call of a hook. `LORAFUSE_TRACE=1` does so too.
+
+    Raises:
+        FuseConfigError: A flag is unknown or has a value that is not supported.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fused_lora_mlp: StrictBool = True
+    fused_lora_qkv: StrictBool = True
+    fused_lora_o: StrictBool = True
+    fused_cross_entropy: StrictBool = True
+    fused_rms_norm: StrictBool = True
+    fused_rope: StrictBool = True
+    fused_attention: Literal["auto", "sdpa", "off"] = "auto"
+    fused_checkpointing: Literal["auto"] = "auto"
+    fused_strict: StrictBool = False
+    fused_plugins: StrictBool = True
+    fused_trace: StrictBool = False
+
+    def __init__(self, **flags: Any) -> None:
+        try:
+            super().__init__(**flags)
+        except ValidationError as error:
+            raise FuseConfigError(_explain(error)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_is_named(cls, flags: dict[str, Any]) -> dict[str, Any]:
+        flags = _without_yaml_booleans(flags)
+        if named_on(flags):
+            return dict.fromkeys(SWITCHES, False) | {"fused_attention": "off"} | flags
+        return flags
+
+    @classmethod
+    def from_yaml(
+        cls,
+        settings: Mapping[str, Any],
+        not_ours: Collection[str] = (),
+    ) -> Self | None:
+        """Reads the flags out of a trainer's YAML.
+
+        Args:
+            settings: The whole YAML. `fused` and the keys that start with `fused_` are ours.
+            not_ours: Keys of the trainer's own that start so (Axolotl has `fused_attn_kernel`).
+
+        Returns:
+            The configuration, or None where nothing is asked for.
+
+        Raises:
+            FuseConfigError: A flag is unknown, has a value that is not supported, contradicts
+                another one, or would have no effect.
+        """
+        flags = {
+            name: value
+            for name, value in settings.items()
+            if _looks_like_ours(str(name)) and name not in not_ours and value is not None
+        }
+        everything = settings.get(EVERYTHING)
+        if everything is not None and not isinstance(everything, bool):
+            raise FuseConfigError(
+                f"fused: {everything!r} is not supported; write `fused: true` for all operations, "
+                "or drop the line and name the operations (fused_lora_mlp: true, ...)"
+            )
+        config = cls(**flags)
+        asked = named_on(_without_yaml_booleans(flags))
+        if everything:
+            return cls(**(dict.fromkeys(SWITCHES, True) | {"fused_attention": "auto"} | flags))
+        if asked:
+            if everything is False:
+                raise FuseConfigError(
+                    f"`fused: false` contradicts `{asked[0]}: {_as_yaml(flags[asked[0]])}`; "
+                    "drop one of the two lines"
+                )
+            return config
+        idle = [name for name in flags if name not in OPERATIONS]
+        if idle and everything is None:
+            raise FuseConfigError(
+                f"`{idle[0]}: {_as_yaml(flags[idle[0]])}` has no effect, for no operation is asked "
+                "for; add `fused: true` for all of them, or name some (fused_lora_mlp: true, ...)"
+            )
+        return None
+
+    def enabled(self) -> dict[str, bool]:
+        """Per operation, by the engine's name (no `fused_`), whether it is asked for."""
+        return {name.removeprefix(PREFIX): is_on(getattr(self, name)) for name in OPERATIONS}
+
+
+def is_on(value: object) -> bool:
+    """Whether an operation's value asks for it: true for a switch, any mode but `off` for a mode."""
+    return value not in (False, "off", None)
+
+
+def named_on(flags: Mapping[str, Any]) -> list[str]:
+    return [name for name in OPERATIONS if name in flags and is_on(flags[name])]
+
+
+def _looks_like_ours(name: str) -> bool:
+    if name == EVERYTHING:
+        return False
+    # `fuse_lora_mlp` is a slip of the pen, and Axolotl would drop it in silence.
+    return name.startswith(PREFIX) or bool(
+        get_close_matches(name, FuseConfig.model_fields, n=1, cutoff=0.85)
+    )
+
+
+def _without_yaml_booleans(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML reads a bare `off` as false; for the flags that have modes it means the mode `off`."""
+    modes = ("fused_attention", "fused_checkpointing")
+    return {n: "off" if n in modes and value is False else value for n, value in flags.items()}
+
+
+def _as_yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(_explain_one(str(one["loc"][0]), one["input"]) for one in error.errors())
+
+
+def _explain_one(name: str, value: object) -> str:
+    flags = list(FuseConfig.model_fields)
+    if name not in flags:
+        near = get_close_matches(name, flags, n=1, cutoff=0.6)
+        meant = f"did you mean `{near[0]}`? " if near else ""
+        return f"`{name}` is not a flag of lorafuse; {meant}The flags are: {', '.join(flags)}"
+    if name == "fused_checkpointing":
+        return (
+            f"`fused_checkpointing: {_as_yaml(value)}` is not in this version; use `auto`, which "
+            "leaves the trainer's own checkpointing as it is, and set the trainer's "
+            "`gradient_checkpointing` to true (less memory) or false (faster)"
+        )
+    if name == "fused_attention":
+        return f"`fused_attention: {_as_yaml(value)}` is not supported; use auto, sdpa or off"
+    return f"`{name}: {value!r}` is not supported; use true or false"

@@ -1,0 +1,123 @@
+"""`fuse`: fuses any PEFT model, whatever it is wrapped in."""
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from lorafuse.patches.apply import FusedModel, OperationRecord, apply
+from lorafuse.plugin.config import FuseConfig
+from lorafuse.plugin.errors import FuseConfigError
+from lorafuse.plugin.manager import Plugins
+from lorafuse.plugin.report import FuseReport
+
+# The report of each model that is fused now, so that fusing again starts from the stock model.
+_fused: "WeakKeyDictionary[nn.Module, FuseReport]" = WeakKeyDictionary()
+
+
+def fuse(model: nn.Module, config: FuseConfig | None = None, **flags: Any) -> FuseReport:
+    """Fuses a model in place, on its module instances only.
+
+    A model that is fused already is first unfused, so the result is that of the new flags alone. Wrappers
+    (DistributedDataParallel, FSDP, DeepSpeed) are looked through. A model that torch.compile owns stays
+    as it is, with that reason in the report.
+
+    Args:
+        model: Any `nn.Module`; a PEFT model for the LoRA operations.
+        config: The flags. Without it, the keyword flags, all on where there are none.
+        **flags: The flags of `FuseConfig`, in place of `config`.
+
+    Returns:
+        The report; its `unfuse()` restores the model.
+
+    Raises:
+        FuseConfigError: A wrong flag, or both `config` and flags.
+        FuseError: With `fused_strict`, something cannot be fused; the model is as it was. Or a
+            third party's plugin failed.
+        TypeError: `model` is not a module.
+    """
+    config = resolve_config(config, flags)
+    return fuse_with(model, config, Plugins(config))
+
+
+def resolve_config(config: FuseConfig | None, flags: Mapping[str, Any]) -> FuseConfig:
+    """One configuration from either a `FuseConfig` or keyword flags."""
+    if config is None:
+        return FuseConfig(**flags)
+    if flags:
+        raise FuseConfigError(f"give either a FuseConfig or flags, not both: got {sorted(flags)}")
+    if not isinstance(config, FuseConfig):
+        raise FuseConfigError(f"config must be a FuseConfig, got {type(config).__name__}")
+    return config
+
+
+def fuse_with(
+    model: nn.Module, config: FuseConfig, plugins: Plugins, aside: str | None = None
+) -> FuseReport:
+    """`fuse` with plugins that are loaded already.
+
+    Args:
+        model: As for `fuse`.
+        config: The flags.
+        plugins: The plugins of this run.
+        aside: Where the trainer has given the model's forwards to something else: why.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"fuse needs a torch.nn.Module (a PEFT model), got {type(model).__name__}; "
+            "for a trainer, give its `.model`"
+        )
+    model, compiled = unwrap(model)
+    if model in _fused:
+        _fused[model].unfuse()
+        del _fused[model]
+    plugins.call("lorafuse_adapter_attached", model=model, config=config)
+    aside = aside or compiled
+    fused = _stand_aside(config, aside) if aside else _apply(model, config, plugins)
+    report = FuseReport(config, fused.records, fused.unfuse, fused.notes)
+    try:
+        report.check_fused()
+    except Exception:
+        fused.unfuse()
+        raise
+    _fused[model] = report
+    return report
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, str | None]:
+    """Looks through the wrappers. Returns the model, and why torch.compile forbids to fuse it."""
+    compiled = None
+    while True:
+        if (inner := model._modules.get("_orig_mod")) is not None:
+            compiled = "torch.compile owns the model's forwards; compile it or fuse it, not both"
+        elif isinstance(model, DataParallel | DistributedDataParallel) or _is_engine(model):
+            inner = model._modules.get("module") or model._modules.get("_fsdp_wrapped_module")
+        if inner is None:
+            return model, compiled
+        model = inner
+
+
+def _is_engine(model: nn.Module) -> bool:
+    name = type(model).__name__
+    return name == "FullyShardedDataParallel" or type(model).__module__.startswith("deepspeed.")
+
+
+def _apply(model: nn.Module, config: FuseConfig, plugins: Plugins) -> FusedModel:
+    return apply(
+        model,
+        config.enabled(),
+        structures=plugins.contributions("lorafuse_structures"),
+        weight_formats=plugins.contributions("lorafuse_weight_formats"),
+        attention=config.fused_attention,
+    )
+
+
+def _stand_aside(config: FuseConfig, reason: str) -> FusedModel:
+    records = [
+        OperationRecord(operation=name, module="", fused=False, level="", reason=reason, forward=None)
+        for name, asked in config.enabled().items()
+        if asked
+    ]
+    return FusedModel(records=records, notes=[])
