@@ -8,12 +8,12 @@ import sys
 # None here makes every `import lorafuse` fail.
 sys.modules["lorafuse"] = None  # type: ignore[assignment]
 
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 
 def main(model_folder: str, adapter: str, prompt: str) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     model = PeftModel.from_pretrained(base, adapter).eval()

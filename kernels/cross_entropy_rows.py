@@ -15,14 +15,16 @@ and with d the Kronecker delta
     dt_v/dz_v  = s                     without a cap
     dt_v/dz_v  = s (1 - (t_v / c)^2)   with one
 
-Label smoothing is `torch.nn.functional.cross_entropy`'s; the z-loss is PaLM's (Chowdhery et al. 2022,
-section 5: 1e-4 log^2 Z). The prediction is the first largest logit, as in `torch.argmax`.
+Label smoothing is `torch.nn.functional.cross_entropy`'s; the z-loss is PaLM's (Chowdhery et al.
+2022, section 5: 1e-4 log^2 Z). The prediction is the first largest logit, as in `torch.argmax`.
 
-The gradient is that of the row's own loss: no divisor, no upstream factor. So it lies in [-1, 1] (times s
-and the z-loss term) and neither underflows in fp16 nor needs to know how the loss is normalised.
+The gradient is that of the row's own loss: no divisor, no upstream factor. So it lies in [-1, 1]
+(times s and the z-loss term) and neither underflows in fp16 nor needs to know how the loss is
+normalised.
 
-The kernel takes one program a row and two passes: an online softmax, then the gradient. A row of 128,256
-bf16 words is 257 kB and 132 of them 34 MB, so on an H100 the second pass reads from the 50 MB L2.
+The kernel takes one program a row and two passes: an online softmax, then the gradient. A row of
+128,256 bf16 words is 257 kB and 132 of them 34 MB, so on an H100 the second pass reads from the 50
+MB L2.
 """
 
 from dataclasses import dataclass
@@ -159,8 +161,9 @@ def _cross_entropy_rows_kernel(  # type: ignore[no-untyped-def]
     label = tl.load(label_ptr + row)
     o_v = tl.arange(0, BLOCK_V)
 
-    # The maximum is one number a row, so that a word costs one exponential; the sums stay one a lane and
-    # are reduced once, at the end. A finite start keeps a block of -inf logits from giving inf - inf.
+    # The maximum is one number a row, so that a word costs one exponential; the sums stay one a
+    # lane and are reduced once, at the end. A finite start keeps a block of -inf logits from giving
+    # inf - inf.
     m = -1.0e38
     b_best = tl.full([BLOCK_V], float("-inf"), tl.float32)
     b_best_index = tl.zeros([BLOCK_V], tl.int32)
@@ -183,7 +186,7 @@ def _cross_entropy_rows_kernel(  # type: ignore[no-untyped-def]
         b_e = tl.exp(b_t - m_new)
         shrink = tl.exp(m - m_new)
         b_sum = b_sum * shrink + b_e
-        b_weighted = b_weighted * shrink + tl.where(b_e == 0.0, 0.0, b_e * b_t)
+        b_weighted = b_weighted * shrink + b_e * tl.where(b_e == 0.0, 0.0, b_t)
         m = m_new
     total = tl.sum(b_sum, axis=0)
     lse = m + tl.log(total)
@@ -263,7 +266,8 @@ def cross_entropy_rows_(
     """Writes each row's loss, entropy and prediction and, with `gradient`, dloss/dz over z.
 
     Raises:
-        IndexError: (CPU) A label lies outside [0, V). The Triton kernel gives such a row a NaN loss.
+        IndexError: (CPU) A label lies outside [0, V). The Triton kernel gives such a row a NaN
+            loss.
     """
     if z.shape[0] == 0:
         return

@@ -6,7 +6,7 @@ With s(z) = 1 / (1 + exp(-z)), phi the normal density and Phi(g) = (1 + erf(g / 
 
     silu       act = g * s(g)        act' = s(g) * (1 + g * (1 - s(g)))
     gelu       act = g * Phi(g)      act' = Phi(g) + g * phi(g)
-    gelu_tanh  act = g * s(2z)       act' = s(2z) + g * s(2z) * (1 - s(2z)) * 2z'
+    gelu_tanh  act = g * s(2z)       act' = s(2z) + g * s(2z) * s(-2z) * 2z'
                z = sqrt(2/pi) * (g + 0.044715 g^3); the usual form is 0.5 * g * (1 + tanh z)
 
 gate, up, m: [T, I], rows may have any stride. Saved for backward: gate and up; act(g) is
@@ -38,7 +38,7 @@ _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 _TWO_SQRT_2_OVER_PI = 2 * math.sqrt(2 / math.pi)
 _CUBIC = 0.044715
 # Beyond +-16, s(2z) is 0 or 1 to the last bit, in fp64 too. z and z' of the clamped g stay finite,
-# so that s * (1 - s) * z' is 0 there and not NaN.
+# so that s(2z) * s(-2z) * z' is 0 there and not NaN.
 _TANH_BOUND = 16.0
 
 
@@ -67,8 +67,11 @@ def _activate_backward(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
         Phi = 0.5 * (1 + torch.erf(g * _SQRT_HALF))
         return g * Phi, Phi + g * torch.exp(-0.5 * g * g) * _INV_SQRT_2PI
     c = g.clamp(-_TANH_BOUND, _TANH_BOUND)
-    s = torch.sigmoid(_TWO_SQRT_2_OVER_PI * (c + _CUBIC * c * c * c))
-    return g * s, s + c * s * (1 - s) * _TWO_SQRT_2_OVER_PI * (1 + 3 * _CUBIC * c * c)
+    twice_z = _TWO_SQRT_2_OVER_PI * (c + _CUBIC * c * c * c)
+    s = torch.sigmoid(twice_z)
+    # s(-2z) and not 1 - s(2z), which loses its leading digits where it is multiplied by c^3
+    ds = s * torch.sigmoid(-twice_z)
+    return g * s, s + c * ds * _TWO_SQRT_2_OVER_PI * (1 + 3 * _CUBIC * c * c)
 
 
 @triton.jit
@@ -82,8 +85,12 @@ def _act(g, ACTIVATION: tl.constexpr):
         slope = s + g * tl.exp(-0.5 * g * g) * 0.3989422804014327  # 1 / sqrt(2 pi)
     else:
         c = tl.minimum(tl.maximum(g, -16.0), 16.0)  # as _TANH_BOUND
-        s = tl.sigmoid(1.5957691216057308 * (c + 0.044715 * c * c * c))  # 2 sqrt(2/pi)
-        slope = s + c * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 3 * 0.044715 * c * c)
+        twice_z = 1.5957691216057308 * (c + 0.044715 * c * c * c)  # 2 sqrt(2/pi)
+        # s(2z) and s(2z) * s(-2z) from one exp, without the cancellation of 1 - s(2z)
+        e = tl.exp(-tl.abs(twice_z))
+        r = 1.0 / (1.0 + e)
+        s = tl.where(twice_z >= 0, r, e * r)
+        slope = s + c * (e * r * r) * 1.5957691216057308 * (1.0 + 3 * 0.044715 * c * c)
     return g * s, slope
 
 

@@ -4,8 +4,8 @@
     loss = sum over rows with a label of loss_row(Z_m, y_m) / divisor
 
 with `loss_row` of `cross_entropy_rows.py`. Rows without a label never reach the head. The others go
-through it in chunks, so that one buffer of [chunk, V] words is all the logits there ever are; forward and
-gradient are one pass over it. Per chunk, with G the gradient that overwrites Z in place:
+through it in chunks, so that one buffer of [chunk, V] words is all the logits there ever are;
+forward and gradient are one pass over it. Per chunk, with G the gradient that overwrites Z:
 
     dX = G W + s (G B) A       kept in the compute dtype, [rows with a label, H]
     dW = G^T X                 only if the head is trained: summed over chunks in fp32
@@ -13,19 +13,20 @@ gradient are one pass over it. Per chunk, with G the gradient that overwrites Z 
     dB = s G^T (X A^T)         likewise
     dA = s (G B)^T X           likewise
 
-All GEMMs are cuBLAS's. Saved for backward: those products and nothing of size T x V. Backward multiplies
-them, out of place, by (incoming gradient / divisor): G carries no divisor, so 1 / num_items_in_batch cannot
-underflow in fp16, and one graph can be walked twice. Nothing is recomputed. (Idea of one pass: Liger-Kernel's
-fused linear cross-entropy; of leaving ignored rows out: apple/ml-cross-entropy.)
+All GEMMs are cuBLAS's. Saved for backward: those products and nothing of size T x V. Backward
+multiplies them, out of place, by (incoming gradient / divisor): G carries no divisor, so 1 /
+num_items_in_batch cannot underflow in fp16, and one graph can be walked twice. Nothing is
+recomputed. (Idea of one pass: Liger-Kernel's fused linear cross-entropy; of leaving ignored rows
+out: apple/ml-cross-entropy.)
 
-Synchronisation: the number of rows with a label decides the shape of the GEMMs, and finding those rows
-(`nonzero`) waits for the GPU once a call. The GPU then waits for the next launch, some 50 us, against the
-share of the head's GEMMs (23 ms a step at 8,192 x 4,096 x 128,256 on an H100) that ignored rows would
-cost. All else, by-products included, stays on the device.
+Synchronisation: the number of rows with a label decides the shape of the GEMMs, and finding those
+rows (`nonzero`) waits for the GPU once a call. The GPU then waits for the next launch, some 50
+us, against the share of the head's GEMMs (23 ms a step at 8,192 x 4,096 x 128,256 on an H100)
+that ignored rows would cost. All else, by-products included, stays on the device.
 
-Precision: GEMMs run in the compute dtype: autocast's where autocast is on, else X's; an fp32 head under
-autocast is cast once a call. So logits are rounded to 16 bit as the stock head rounds them; everything
-after that is fp32 (fp64 for fp64 input).
+Precision: GEMMs run in the compute dtype: autocast's where autocast is on, else X's; an fp32 head
+under autocast is cast once a call. So logits are rounded to 16 bit as the stock head rounds
+them; everything after that is fp32 (fp64 for fp64 input).
 """
 
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ Reduction = Literal["mean", "sum"]
 
 # 512 MB hold 2,048 rows of 128,256 bf16 words: enough rows for the GEMMs' full speed.
 _GPU_CHUNK_BYTES = 512 * 2**20
-# On a CPU the fp32 temporaries of a chunk are best kept small; GEMM speed saturates at a few hundred rows.
+# On a CPU the fp32 temporaries of a chunk are best kept small; GEMM speed saturates at a few
+# hundred rows.
 _CPU_CHUNK_BYTES = 64 * 2**20
 # dW is summed in blocks of this many words, so that its fp32 temporary stays at some 256 MB.
 _WEIGHT_BLOCK = 16384
@@ -92,7 +94,7 @@ def reference(
     lora_scale: float = 1.0,
     reduction: Reduction = "mean",
 ) -> LinearCrossEntropy:
-    """`linear_cross_entropy` in plain torch with all logits at once and torch's autograd: the definition."""
+    """`linear_cross_entropy` by its definition: all logits at once, and torch's autograd."""
     options = options or CrossEntropyOptions()
     logits = torch.nn.functional.linear(hidden, weight, bias)
     if lora_A is not None and lora_B is not None:
@@ -117,10 +119,10 @@ def reference(
 
 
 def chunk_rows(n_rows: int, vocabulary: int, itemsize: int, limit_bytes: int) -> int:
-    """Rows of logits to hold at a time: as many as `limit_bytes` hold, shared out evenly over the chunks.
+    """Rows of logits to hold at a time: what `limit_bytes` hold, shared out evenly over the chunks.
 
-    Evenly, because a last chunk of a few rows would run the head's GEMM at a fraction of its speed. Multiples
-    of 128 rows fill the GEMM's tiles.
+    Evenly, because a last chunk of a few rows would run the head's GEMM at a fraction of its speed.
+    Multiples of 128 rows fill the GEMM's tiles.
     """
     most = max(1, limit_bytes // (vocabulary * itemsize))
     if n_rows <= most:
@@ -152,8 +154,9 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == factor.dtype:
         return (x * factor).to(dtype)
     out = torch.empty_like(x, dtype=dtype)
-    for part, into in zip(x.split(8192), out.split(8192), strict=True):
-        into.copy_(part.to(factor.dtype).mul_(factor))
+    for start in range(0, x.shape[0], 8192):
+        part = slice(start, start + 8192)
+        out[part] = x[part].to(factor.dtype).mul_(factor)
     return out
 
 
@@ -177,7 +180,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             return _forward(ctx, hidden, weight, bias, lora_A, lora_B, labels, divisor, setting)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         rows, divisor, *products = ctx.saved_tensors
         # A batch without labels has a zero gradient, also where its mean is 0 / 0.
@@ -233,7 +236,7 @@ def _forward(
 
     limit = options.chunk_bytes or (_GPU_CHUNK_BYTES if hidden.is_cuda else _CPU_CHUNK_BYTES)
     chunk = chunk_rows(N, V, dtype.itemsize, limit)
-    # Rows that start at multiples of 64 words: aligned for 16-byte loads, and for cuBLAS, whatever V is.
+    # Rows start at multiples of 64 words: aligned for 16-byte loads and for cuBLAS, whatever V is.
     buffer = hidden.new_empty(min(chunk, N), -(-V // 64) * 64, dtype=dtype)[:, :V]
     loss = hidden.new_empty(N, dtype=accumulate)
     entropy = torch.empty_like(loss)
@@ -346,8 +349,9 @@ def linear_cross_entropy(
 ) -> LinearCrossEntropy:
     """Cross-entropy of `hidden @ weight.T`, of which no more than a chunk exists at a time.
 
-    Rows and labels are taken as they lie: the caller has shifted the labels by one. Gradients reach hidden
-    and whichever of weight, bias, lora_A and lora_B require one, and are computed in the forward pass.
+    Rows and labels are taken as they lie: the caller has shifted the labels by one. Gradients reach
+    hidden and whichever of weight, bias, lora_A and lora_B require one, and are computed in the
+    forward pass.
 
     Args:
         hidden: [T, H], any strides; fp32, fp16, bf16 (fp64 for gradcheck).
@@ -355,15 +359,16 @@ def linear_cross_entropy(
         labels: [T] int64; `options.ignore_index` for rows without a label.
         options: What the loss of a row is; defaults to plain cross-entropy.
         bias: [V], the head's bias.
-        divisor: The sum over rows is divided by this (`num_items_in_batch`), whatever `reduction` says.
+        divisor: The sum over rows is divided by this (`num_items_in_batch`), whatever `reduction`
+            says.
         lora_A: [R, H], of an adapted head.
         lora_B: [V, R], of an adapted head.
         lora_scale: Factor of the adapter's update.
         reduction: Without a divisor: "mean" over the rows with a label, or "sum".
 
     Returns:
-        The loss and its by-products. Where no row has a label, loss and gradients are what torch gives: NaN for
-        the mean and 0 for a sum or with a divisor; gradients 0 in each case.
+        The loss and its by-products. Where no row has a label, loss and gradients are what torch
+        gives: NaN for the mean and 0 for a sum or with a divisor; gradients 0 in each case.
 
     Raises:
         ValueError: Shapes or dtypes do not fit together.

@@ -89,7 +89,7 @@ def _rms_norm_fwd_kernel(
         h_stored = h.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + (token * sum_token + head * sum_head) + o_k, h_stored, mask)
         h = h_stored.to(tl.float32)
-    rstd = 1.0 / tl.sqrt(tl.sum(h * h, 1) / K + eps)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(h * h, 1) * (1.0 / K) + eps))
     tl.store(rstd_ptr + o_t, rstd, o_t < T)
     w = tl.load(w_ptr + o_k, o_k < K, 0.0).to(tl.float32) + offset
     y = h * rstd[:, None] * w
@@ -122,7 +122,7 @@ def _rms_norm_bwd_kernel(
         if NEED_DW:
             dw += dy * n
         g = dy * w
-        dx = rstd * (g - n * (tl.sum(g * n, 1) / K)[:, None])
+        dx = rstd * (g - n * (tl.sum(g * n, 1) * (1.0 / K))[:, None])
         if HAS_RESIDUAL:
             o_residual = token * residual_token + head * residual_head
             dx += tl.load(residual_grad_ptr + o_residual + o_k, mask, 0.0).to(tl.float32)
@@ -292,7 +292,11 @@ class RMSNormFunction(torch.autograd.Function):
         ctx.save_for_backward(h, weight, rstd)
         ctx.offset = offset
         ctx.dtypes = (x.dtype, x.dtype if residual is None else residual.dtype)
-        return y if residual is None else (y, h)
+        if residual is None:
+            return y
+        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]):
+            ctx.mark_non_differentiable(h)
+        return y, h
 
     @staticmethod
     @once_differentiable

@@ -132,7 +132,8 @@ class FuseConfig(BaseModel):
 
 
 def is_on(value: object) -> bool:
-    """Whether an operation's value asks for it: true for a switch, any mode but `off` for a mode."""
+    """Whether an operation's value asks for it: true for a switch, any mode but `off` for a
+    mode."""
     return value not in (False, "off", None)
 
 

@@ -1,4 +1,5 @@
-"""The two errors that lorafuse raises on purpose: a wrong flag, and a fusion that was not possible."""
+"""The two errors that lorafuse raises on purpose: a wrong flag, and a fusion that was not
+possible."""
 
 
 class FuseConfigError(ValueError):

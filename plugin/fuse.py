@@ -20,9 +20,9 @@ _fused: "WeakKeyDictionary[nn.Module, FuseReport]" = WeakKeyDictionary()
 def fuse(model: nn.Module, config: FuseConfig | None = None, **flags: Any) -> FuseReport:
     """Fuses a model in place, on its module instances only.
 
-    A model that is fused already is first unfused, so the result is that of the new flags alone. Wrappers
-    (DistributedDataParallel, FSDP, DeepSpeed) are looked through. A model that torch.compile owns stays
-    as it is, with that reason in the report.
+    A model that is fused already is first unfused, so the result is that of the new flags alone.
+    Wrappers (DistributedDataParallel, FSDP, DeepSpeed) are looked through. A model that
+    torch.compile owns stays as it is, with that reason in the report.
 
     Args:
         model: Any `nn.Module`; a PEFT model for the LoRA operations.
@@ -116,7 +116,9 @@ def _apply(model: nn.Module, config: FuseConfig, plugins: Plugins) -> FusedModel
 
 def _stand_aside(config: FuseConfig, reason: str) -> FusedModel:
     records = [
-        OperationRecord(operation=name, module="", fused=False, level="", reason=reason, forward=None)
+        OperationRecord(
+            operation=name, module="", fused=False, level="", reason=reason, forward=None
+        )
         for name, asked in config.enabled().items()
         if asked
     ]

@@ -1,9 +1,9 @@
 """The hooks: what a plugin may add, and the stages of a run at which it is called.
 
-A plugin is a module or an object with functions of these names, marked with `lorafuse.plugin.hookspecs.hookimpl`
-(the same as `pluggy.HookimplMarker("lorafuse")`), and named in its distribution's entry-point group `lorafuse`.
-An implementation takes any subset of a hook's arguments. lorafuse's own features come through the same
-hooks (`builtin.py`).
+A plugin is a module or an object with functions of these names, marked with
+`lorafuse.plugin.hookspecs.hookimpl` (the same as `pluggy.HookimplMarker("lorafuse")`), and named in
+its distribution's entry-point group `lorafuse`. An implementation takes any subset of a hook's
+arguments. lorafuse's own features come through the same hooks (`builtin.py`).
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,8 @@ def lorafuse_weight_formats() -> Sequence[Any]:  # type: ignore[empty-body]
 
 @hookspec
 def lorafuse_model_built(model: nn.Module, config: "FuseConfig") -> None:
-    """The base model stands, without adapters. Axolotl only: TRL has no such moment for a callback."""
+    """The base model stands, without adapters. Axolotl only: TRL has no such moment for a
+    callback."""
 
 
 @hookspec
@@ -44,7 +45,8 @@ def lorafuse_adapter_attached(model: nn.Module, config: "FuseConfig") -> None:
 
 @hookspec
 def lorafuse_trainer_built(trainer: Any, config: "FuseConfig") -> None:
-    """The trainer stands, the model is not fused yet. Axolotl only: a callback never sees its trainer."""
+    """The trainer stands, the model is not fused yet. Axolotl only: a callback never sees its
+    trainer."""
 
 
 @hookspec

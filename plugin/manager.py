@@ -89,10 +89,9 @@ class Plugins:
             ) from error
         self._distributions[name] = origin
 
-    def _culprit(
-        self, caller: pluggy.HookCaller, traceback: TracebackType | None
-    ) -> str | None:
-        """The third party whose implementation is among the frames that the exception went through."""
+    def _culprit(self, caller: pluggy.HookCaller, traceback: TracebackType | None) -> str | None:
+        """The third party whose implementation is among the frames that the exception went
+        through."""
         codes = {
             implementation.function.__code__: implementation.plugin_name
             for implementation in caller.get_hookimpls()

@@ -1,7 +1,7 @@
 """`FuseReport`: what was asked for, what was fused, what was really called, and why not.
 
-The counts are read from the fused model whenever they are asked for, so the same report says more after
-the first step than right after fusing.
+The counts are read from the fused model whenever they are asked for, so the same report says more
+after the first step than right after fusing.
 """
 
 import json
@@ -234,7 +234,9 @@ def _summarise(asked: bool, records: Sequence[Record]) -> OperationReport:
         called=sum(record.calls > 0 for record in fused),
         calls=sum(record.calls for record in fused),
         levels=dict(Counter(record.level for record in fused)),
-        fallbacks=_group((record.reason, record.module, 0) for record in records if not record.fused),
+        fallbacks=_group(
+            (record.reason, record.module, 0) for record in records if not record.fused
+        ),
         runtime_fallbacks=_group(
             (reason, record.module, calls)
             for record in fused
@@ -267,5 +269,3 @@ def _raise_if(problems: Any) -> None:
             + "\n  ".join(lines)
             + "\nSwitch these flags off, or set `fused_strict: false` to train with them as stock."
         )
-
-

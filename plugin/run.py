@@ -1,13 +1,15 @@
-"""What lorafuse does while a trainer runs: the report after step 1, and metrics in the trainer's own logs.
+"""What lorafuse does while a trainer runs: the report after step 1, and metrics in the trainer's
+own logs.
 
-transformers calls callbacks in the order in which they were added, and hands each the same dict of logs.
-The reporting ones (W&B, MLflow, TensorBoard, the progress bar) come first, so ours goes to the front of the
-handler's list when training begins; what it adds to the dict then reaches all of them. A callback is never
-given its handler: it is found in the frame that calls us.
+transformers calls callbacks in the order in which they were added, and hands each the same dict of
+logs. The reporting ones (W&B, MLflow, TensorBoard, the progress bar) come first, so ours goes to
+the front of the handler's list when training begins; what it adds to the dict then reaches all of
+them. A callback is never given its handler: it is found in the frame that calls us.
 """
 
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,9 +28,9 @@ PEAK_MEMORY_GB = "lorafuse/peak_memory_gb"
 class RunCallback(TrainerCallback):
     """Follows one run of a fused model.
 
-    Logs `lorafuse/tokens_per_second` (non-padding tokens that went forward in training, of this process)
-    and `lorafuse/peak_memory_gb` with every training log, and writes `lorafuse_report.json` into the
-    output directory: after fusing, after step 1 and at the end.
+    Logs `lorafuse/tokens_per_second` (non-padding tokens that went forward in training, of this
+    process) and `lorafuse/peak_memory_gb` with every training log, and writes
+    `lorafuse_report.json` into the output directory: after fusing, after step 1 and at the end.
 
     Args:
         plugins: The plugins of this run.
@@ -132,7 +134,7 @@ class RunCallback(TrainerCallback):
         return self.report
 
     def _go_first(self) -> None:
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             handler = frame.f_locals.get("self")
             if isinstance(handler, CallbackHandler) and self in handler.callbacks:

@@ -1,12 +1,13 @@
 """Tokens per second and peak memory of a training run, without a GPU synchronisation per step.
 
-Tokens are counted by a forward pre-hook on the model instance, from the batches that really go through it:
-the non-zero entries of a 2-D attention mask, or every position where there is none (packed batches).
-Only forwards that train count: those of evaluation, generation and a reference pass do not. The count of
-a GPU batch stays on the GPU until the trainer logs, where the trainer waits for the GPU anyway.
+Tokens are counted by a forward pre-hook on the model instance, from the batches that really go
+through it: the non-zero entries of a 2-D attention mask, or every position where there is none
+(packed batches). Only forwards that train count: those of evaluation, generation and a reference
+pass do not. The count of a GPU batch stays on the GPU until the trainer logs, where the trainer
+waits for the GPU anyway.
 
-A rate covers a stretch: from the first step after the last log, evaluation or save, to the log. Stretches that
-an evaluation or a save cuts off are dropped, for their time is not training time.
+A rate covers a stretch: from the first step after the last log, evaluation or save, to the log.
+Stretches that an evaluation or a save cuts off are dropped, for their time is not training time.
 """
 
 import sys
@@ -51,7 +52,8 @@ class Throughput:
         self._started_s = None
 
     def end_stretch(self) -> float | None:
-        """Ends the stretch. Returns this process's tokens per second, None without a whole stretch."""
+        """Ends the stretch. Returns this process's tokens per second, None without a whole
+        stretch."""
         if self._started_s is None:
             return None
         tokens = int(self._tokens)
@@ -73,7 +75,8 @@ class Throughput:
 
 
 def peak_memory_gb() -> float | None:
-    """The peak so far, in GB of 1e9 bytes: allocated on the GPU, or resident where there is none."""
+    """The peak so far, in GB of 1e9 bytes: allocated on the GPU, or resident where there is
+    none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GB
     if sys.platform == "win32":

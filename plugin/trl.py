@@ -13,9 +13,9 @@ from lorafuse.plugin.run import RunCallback
 class LorafuseCallback(RunCallback):
     """Fuses the trainer's model when training begins, and follows the run (see `RunCallback`).
 
-    Works with every trainer that is a transformers `Trainer`. By then the optimiser exists and the model
-    may be wrapped: nothing is created that has parameters, and the modules are reached through the
-    wrapper. The model stays fused afterwards; `callback.report.unfuse()` restores it.
+    Works with every trainer that is a transformers `Trainer`. By then the optimiser exists and the
+    model may be wrapped: nothing is created that has parameters, and the modules are reached
+    through the wrapper. The model stays fused afterwards; `callback.report.unfuse()` restores it.
 
     Args:
         config: The flags; or
