@@ -150,7 +150,7 @@ class DeferredLogits(torch.Tensor):
         precision: the dtype that they say they have.
         scale, cap: the logits are `cap tanh(scale z)`, or `scale z` without a cap.
         form: "logits", "log p", "p" or "p log p".
-        real: the real tensor, once it has been read; from then on it alone is used.
+        stock_logits: the real tensor, once it has been read; from then on it alone is used.
     """
 
     call: HeadCall
@@ -160,7 +160,7 @@ class DeferredLogits(torch.Tensor):
     scale: float
     cap: float | None
     form: str
-    real: Tensor | None
+    stock_logits: Tensor | None
 
     @staticmethod
     def __new__(
@@ -178,7 +178,7 @@ class DeferredLogits(torch.Tensor):
             cls, shape, dtype=precision, device=rows.device
         )
         self.call, self.rows, self.whole, self.precision = call, rows, whole, precision
-        self.scale, self.cap, self.form, self.real = scale, cap, form, None
+        self.scale, self.cap, self.form, self.stock_logits = scale, cap, form, None
         return self
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -196,10 +196,10 @@ class DeferredLogits(torch.Tensor):
 
     def materialise(self, reader: str) -> Tensor:
         """The real tensor, computed by the stock head at the first call."""
-        if self.real is None:
+        if self.stock_logits is None:
             self.call.on_read(reader)
-            self.real = self._compute()
-        return self.real
+            self.stock_logits = self._compute()
+        return self.stock_logits
 
     def _compute(self) -> Tensor:
         hidden = self.call.hidden
@@ -230,7 +230,7 @@ class DeferredLogits(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         handler, first = _HANDLERS.get(name), args[0] if args else None
-        if handler is not None and isinstance(first, DeferredLogits) and first.real is None:
+        if handler is not None and isinstance(first, DeferredLogits) and first.stock_logits is None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
