@@ -13,10 +13,9 @@ LoRA and the bias are folded into the GEMM's K dimension, so that no output is r
     backward   dX = [dY, G] [W; A]                      G  = [s_i dY_i B_i]
                dA_i = G_i^T D_i(X)    dB_i = s_i dY_i^T XA_i    db_i = sum over T of dY_i
 
-sB is block-diagonal over the projections; G, [dA] and [dB] are one GEMM each for the whole group,
-and db is the column of dY^T [XA, 1] that meets the ones. Folding costs a copy of what is not
-already in a wide buffer; `folding_pays` counts the bytes, and the two GEMMs stay apart where they
-are cheaper.
+sB is block-diagonal over the projections; G, [dA] and [dB] are one GEMM each for the whole group.
+Folding costs a copy of what is not already in a wide buffer; `folding_pays` counts the bytes, and
+the two GEMMs stay apart where they are cheaper.
 
 Saved for backward by the callers: XA [T, R] only. X is theirs to keep or to recompute. Dropout
 masks are never stored: the generator's state is, and the same masks are drawn again.
@@ -347,14 +346,15 @@ def adapter_gradients(
 ) -> list[Tensor | None]:
     """dA_i, dB_i, db_i in the order of `flat_tensors`, each in its master's dtype, or None."""
     gradients: list[Tensor | None] = [None] * len(needs)
-    if xA is not None and any(need for k, need in enumerate(needs) if k % 3 != 0):
-        # [dB/s, db] = dY^T [XA, 1]; the blocks off the diagonal are not used.
-        full = mm_fp32(dy.t(), xA)
-        for i, (p, rows) in enumerate(zip(group.projections, group.rows, strict=True)):
-            if p.B is not None and needs[3 * i + 1]:
-                gradients[3 * i + 1] = (full[rows, group.ranks[i]] * p.scale).to(p.B.dtype)
-            if p.bias is not None and needs[3 * i + 2]:
-                gradients[3 * i + 2] = full[rows, group.bias_column].to(p.bias.dtype)
+    # dB/s = dY^T XA; the blocks off the diagonal are not used.
+    full = mm_fp32(dy.t(), xA) if xA is not None and any(needs[1::3]) else None
+    for i, (p, rows) in enumerate(zip(group.projections, group.rows, strict=True)):
+        if full is not None and p.B is not None and needs[3 * i + 1]:
+            gradients[3 * i + 1] = (full[rows, group.ranks[i]] * p.scale).to(p.B.dtype)
+        if p.bias is not None and needs[3 * i + 2]:
+            # torch's pairwise sum is more exact than the column of a GEMM that meets the ones.
+            wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
+            gradients[3 * i + 2] = dy[:, rows].sum(0, dtype=wide).to(p.bias.dtype)
     if G is None or not any(needs[::3]):
         return gradients
     if group.has_dropout:

@@ -244,7 +244,7 @@ class DeferredLogits(torch.Tensor):
         )
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         # Reached only from code that skips __torch_function__. Autograd lies above this level, so

@@ -17,6 +17,7 @@ When logits are asked for, the stock forward runs: no labels, a KV cache, and ev
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +27,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
 from lorafuse.kernels.lora_linear import LoraProjection
 from lorafuse.patches.adapters import LinearReader
@@ -46,7 +46,7 @@ _SHAPE = (2, 9)
 class ReplacedForward:
     """What a forward gives that a trainer has put on the instance and that never calls the head."""
 
-    output_class: type[ModelOutput]
+    output_class: type[CausalLMOutputWithPast]
     empty_loss_is_zero: bool  # the mean loss of a batch without labels; torch gives NaN
 
 
@@ -251,42 +251,52 @@ class _BackboneOutput(MoeModelOutputWithPast):
         return None
 
 
-@contextmanager
-def _trial(head: CausalHead) -> Iterator[Callable[..., Any]]:
-    """Gives a function (forward, labels, ...) -> outputs with random hidden states in the
-    backbone's stead.
+@dataclass
+class _Trial:
+    """Runs a causal LM's forward on random hidden states in its backbone's stead."""
 
-    Parameters, gradients, buffers and the random state are as before afterwards.
-    """
+    hidden: Tensor
+    vocabulary: int
+    generator: torch.Generator
+    fixed: dict[str, Any]
+
+    def __call__(self, forward: Callable[..., Any], labels: Tensor, **more: Any) -> Any:
+        return forward(labels=labels, **self.fixed, **more)
+
+    def labels(self) -> Tensor:
+        """Random words, some of them ignored, at a start and at an end."""
+        labels = torch.randint(
+            self.vocabulary, _SHAPE, generator=self.generator, device=self.hidden.device
+        )
+        labels[0, :4] = -100
+        labels[1, -2:] = -100
+        return labels
+
+
+@contextmanager
+def _trial(head: CausalHead) -> Iterator[_Trial]:
+    """Parameters, gradients, buffers, forwards and the random state are as before afterwards."""
     reader = _reader(head.head)
     weight = reader.weight.read()
     assert isinstance(weight, Tensor)
-    device, generator = weight.device, torch.Generator(weight.device).manual_seed(0)
+    generator = torch.Generator(weight.device).manual_seed(0)
     shape = (*_SHAPE, reader.in_features)
-    hidden = torch.randn(shape, generator=generator, device=device).to(weight.dtype)
+    hidden = torch.randn(shape, generator=generator, device=weight.device).to(weight.dtype)
     hidden.requires_grad_()
-    ids = torch.zeros(_SHAPE, dtype=torch.int64, device=device)
+    ids = torch.zeros(_SHAPE, dtype=torch.int64, device=weight.device)
+    fixed: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "output_router_logits" in inspect.signature(head.module.forward).parameters:
+        fixed["output_router_logits"] = False  # there is no router in this trial
 
     def backbone(*_: Any, **__: Any) -> _BackboneOutput:
-        return _BackboneOutput(last_hidden_state=hidden)
+        return _BackboneOutput(last_hidden_state=hidden)  # type: ignore[arg-type]
 
-    def run(forward: Callable[..., Any], labels: Tensor, **more: Any) -> Any:
-        return forward(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, **more)
-
-    run.hidden, run.generator = hidden, generator  # type: ignore[attr-defined]
     with (
         torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
+        torch.autocast(weight.device.type, enabled=False),
         _Swap(head.backbone, backbone),
     ):
-        yield run
-
-
-def _labels(vocabulary: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    labels = torch.randint(vocabulary, _SHAPE, generator=generator, device=device)
-    labels[0, :4] = -100
-    labels[1, -2:] = -100
-    return labels
+        yield _Trial(hidden, reader.out_features, generator, fixed)
 
 
 def _look_at_forward(head: CausalHead) -> CausalHead:
@@ -298,7 +308,7 @@ def _look_at_forward(head: CausalHead) -> CausalHead:
         return own(hidden)
 
     with _trial(head) as run, torch.no_grad():
-        labels = _labels(2, run.generator, run.hidden.device)  # type: ignore[attr-defined]
+        labels = run.labels()
         with _Swap(head.head, spy):
             outputs = run(head.module.forward, labels)
         name = type(head.module).__name__
@@ -313,8 +323,7 @@ def _look_at_forward(head: CausalHead) -> CausalHead:
             raise Unsupported(f"the forward of {name} was replaced by one that is not known")
         empty = run(head.module.forward, torch.full_like(labels, -100))
         zero = bool(empty.loss == 0)
-    replaced = ReplacedForward(type(outputs), zero)
-    return dataclasses.replace(head, replaced=replaced)
+    return dataclasses.replace(head, replaced=ReplacedForward(type(outputs), zero))
 
 
 def verify_causal_loss(head: CausalHead) -> str | None:
@@ -334,9 +343,7 @@ def verify_causal_loss(head: CausalHead) -> str | None:
     )
     try:
         with _trial(head) as run:
-            hidden = run.hidden  # type: ignore[attr-defined]
-            vocabulary = _reader(head.head).out_features
-            labels = _labels(vocabulary, run.generator, hidden.device)  # type: ignore[attr-defined]
+            hidden, labels = run.hidden, run.labels()
             count = torch.tensor(23, device=hidden.device)
             for more in ({}, {"num_items_in_batch": count}) if takes_count else ({},):
                 outputs = [run(forward, labels, **more) for forward in (fused.stock, fused.run)]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from lorafuse.kernels import runtime
 from torch import Tensor
+
+from lorafuse.kernels import runtime
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

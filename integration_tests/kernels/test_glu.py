@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorafuse.kernels.glu import ACTIVATIONS, glu, glu_bwd_, glu_fwd, reference
 from torch import Tensor
+
+from lorafuse.kernels.glu import ACTIVATIONS, glu, glu_bwd_, glu_fwd, reference
 
 
 def stock(gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from lorafuse.kernels import runtime
 from lorafuse.kernels.nf4 import Quantised4bit, dequantise, reference
-from torch import Tensor
 
 Randn = Callable[..., Tensor]
 

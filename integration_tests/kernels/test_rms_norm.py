@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from lorafuse.kernels import rms_norm as module
 from lorafuse.kernels.rms_norm import reference, rms_norm, rms_norm_bwd, rms_norm_fwd
-from torch import Tensor
 
 EPS = 1e-6
 NAMES = ("x", "weight", "residual")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorafuse.kernels.rope import reference, rope, rope_copy, rope_qk_
 from torch import Tensor
+
+from lorafuse.kernels.rope import reference, rope, rope_copy, rope_qk_
 
 
 def stock(
