@@ -64,6 +64,12 @@ class Binding:
         self._bound.append((module, forward, had, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
 
+    def check_called(self) -> None:
+        """Raises Unsupported where a fused forward has sent its only call the stock way."""
+        for _, forward, _, _ in self._bound:
+            if not forward.calls:
+                raise Unsupported(next(iter(forward.stock_calls), "its fused form is never called"))
+
     def undo(self) -> None:
         """Takes every fused forward off again, newest first.
 

@@ -67,18 +67,24 @@ class CausalHead:
     replaced: ReplacedForward | None = None
 
 
+class HeadWeight(WeightReader):
+    """A float weight that may be trained: the kernel gives its gradient."""
+
+    name = "float"
+
+    def read(self) -> Tensor:
+        weight: Tensor = self.layer.weight
+        check_plain(weight, "the head's weight")
+        return weight
+
+
 def _float_head(layer: nn.Module) -> WeightReader | None:
     """A weight format like `float_weight` that a trained head has as well."""
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         return None
     if not layer.weight.is_floating_point():
         return None
-
-    def read() -> Tensor:
-        check_plain(layer.weight, "the head's weight")
-        return layer.weight
-
-    return WeightReader("float", read)
+    return HeadWeight(layer)
 
 
 def _reader(head: nn.Module) -> LinearReader:

@@ -7,7 +7,6 @@ around.
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,19 +18,27 @@ from lorafuse.patches.bind import Unsupported
 Weight = Tensor | Quantised4bit
 
 
-@dataclass(frozen=True, eq=False)
 class WeightReader:
-    """How one linear layer's weight is read.
+    """How one linear layer's weight is read: an object with attributes, so that a copy or a pickle
+    of a fused model reads the copy's weights.
 
     Attributes:
-        name: the format, for reports: "float", "bitsandbytes 4-bit".
-        read: gives the weight [N, K]; raises `Unsupported` where it cannot be read now.
-        dtype: gives the dtype that the layer insists on computing in without autocast, or None.
+        layer: the linear layer.
+        name: the format, for reports.
     """
 
-    name: str
-    read: Callable[[], Weight]
-    dtype: Callable[[], torch.dtype | None] = lambda: None
+    name = ""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def read(self) -> Weight:
+        """The weight [N, K]; raises `Unsupported` where it cannot be read now."""
+        raise NotImplementedError
+
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that the layer insists on computing in without autocast, or None."""
+        return None
 
 
 WeightFormat = Callable[[nn.Module], WeightReader | None]
@@ -47,21 +54,57 @@ def check_plain(tensor: Tensor, what: str) -> None:
         raise Unsupported(f"{what} is empty here (partitioned by ZeRO-3?)")
 
 
-def float_weight(layer: nn.Module) -> WeightReader | None:
-    """nn.Linear with an fp32, fp16 or bf16 weight."""
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-        return None
-    if layer.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        return None
+class FloatWeight(WeightReader):
+    """A frozen fp32, fp16 or bf16 weight."""
 
-    def read() -> Weight:
-        weight = layer.weight
+    name = "float"
+
+    def read(self) -> Weight:
+        weight: nn.Parameter = self.layer.weight
         if weight.requires_grad:
             raise Unsupported("its base weight is trainable")
         check_plain(weight, "its base weight")
         return weight
 
-    return WeightReader("float", read)
+
+def float_weight(layer: nn.Module) -> WeightReader | None:
+    """nn.Linear with an fp32, fp16 or bf16 weight."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        return None
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    return FloatWeight(layer) if layer.weight.dtype in floats else None
+
+
+class Bitsandbytes4bitWeight(WeightReader):
+    """Packed NF4 or FP4."""
+
+    name = "bitsandbytes 4-bit"
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        self._state: Any = None
+        self._known: Quantised4bit | None = None
+
+    def read(self) -> Weight:
+        weight = self.layer.weight
+        known = self._known
+        # The views are made, and checked, once for each place that the weight lies in.
+        if (
+            known is None
+            or weight.quant_state is not self._state
+            or known.packed.data_ptr() != weight.data_ptr()
+            or known.absmax.data_ptr() != weight.quant_state.absmax.data_ptr()
+        ):
+            known = quantised_4bit(weight)
+            self._state, self._known = weight.quant_state, known
+        return known
+
+    def dtype(self) -> torch.dtype | None:
+        own: torch.dtype | None = self.layer.compute_dtype
+        return own
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layer": self.layer, "_state": None, "_known": None}
 
 
 def bitsandbytes_4bit(layer: nn.Module) -> WeightReader | None:
@@ -69,11 +112,7 @@ def bitsandbytes_4bit(layer: nn.Module) -> WeightReader | None:
     bnb = sys.modules.get("bitsandbytes")  # a model can hold such a layer only where it is imported
     if bnb is None or not isinstance(layer, bnb.nn.Linear4bit):
         return None
-
-    def read() -> Weight:
-        return quantised_4bit(layer.weight)
-
-    return WeightReader("bitsandbytes 4-bit", read, lambda: layer.compute_dtype)
+    return Bitsandbytes4bitWeight(layer)
 
 
 def quantised_4bit(weight: Any) -> Quantised4bit:

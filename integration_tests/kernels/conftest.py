@@ -1,7 +1,8 @@
 """Fixtures of the kernel tests: where they run, and the rule by which a result counts as right.
 
-The same tests run three ways: on the torch references (plain CPU), on the Triton kernels interpreted
-(`TRITON_INTERPRET=1`), and on the Triton kernels for real (a CUDA GPU; `-m gpu` has the large sizes).
+The same tests run three ways: on the torch references (plain CPU), on the Triton kernels
+interpreted (`TRITON_INTERPRET=1`), and on the Triton kernels for real (a CUDA GPU, where `-m gpu`
+adds the large sizes).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -33,7 +34,7 @@ def cuda(device: torch.device) -> torch.device:
 
 @pytest.fixture(scope="session")
 def triton_runs(device: torch.device) -> None:
-    """For tests that compare a Triton kernel with the reference, which is all that plain CPU has."""
+    """For tests that compare a Triton kernel with the reference, all that plain CPU has."""
     if not runtime.use_triton(torch.empty(1, device=device)):
         pytest.skip("the Triton kernels run on a GPU or with TRITON_INTERPRET=1")
 
@@ -68,8 +69,8 @@ def randn(device: torch.device) -> Callable[..., Tensor]:
 class Oracle:
     """Our result is right if it is about as far from the fp64 result as plain torch's is.
 
-    err(ours) <= 2 * err(torch at that dtype) + eps, where err is the largest absolute difference and
-    eps is one rounding of the largest element.
+    err(ours) <= 2 * err(torch at that dtype) + eps, where err is the largest absolute difference
+    and eps is one rounding of the largest element.
     """
 
     def compare(self, name: str, ours: Tensor, stock: Tensor, exact: Tensor) -> None:
@@ -80,8 +81,8 @@ class Oracle:
             return
         our_error = (ours.double() - exact).abs().max().item()
         stock_error = (stock.double() - exact).abs().max().item()
-        # Triton's interpreter truncates where a GPU rounds fp32 to bf16; a GPU's fp32 exp and division
-        # are good to about two units in the last place.
+        # Triton's interpreter truncates where a GPU rounds fp32 to bf16; a GPU's fp32 exp and
+        # division are good to about two units in the last place.
         roundings = 2.0 if ours.dtype == torch.float32 or runtime.interpreting() else 1.0
         eps = roundings * torch.finfo(ours.dtype).eps / 2 * exact.abs().max().item()
         assert our_error <= 2 * stock_error + eps, (
@@ -96,7 +97,7 @@ class Oracle:
         inputs: Mapping[str, Tensor],
         grads: Collection[str],
     ) -> tuple[Tensor, ...]:
-        """Compare the outputs, and the gradients of the inputs named in `grads`; return our outputs.
+        """Compare the outputs and the gradients of the inputs named in `grads`; return our outputs.
 
         Both functions take the tensors of `inputs` in order. The strides of the inputs are kept.
         """

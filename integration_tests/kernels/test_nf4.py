@@ -1,4 +1,4 @@
-"""4-bit dequantisation against bitsandbytes' own, bit for bit, and against the definition spelt out."""
+"""4-bit dequantisation against bitsandbytes' own, bit for bit, and against its definition."""
 
 from collections.abc import Callable
 
@@ -45,8 +45,8 @@ def quantised(
 
     def by_bitsandbytes(dtype: torch.dtype) -> Tensor:
         state.dtype = dtype
-        # As one row: on CPU, bitsandbytes 0.50.2 starts a new block at each row of W, which is wrong
-        # where K is not a multiple of the block size.
+        # As one row: on CPU, bitsandbytes 0.50.2 starts a new block at each row of W, which is
+        # wrong where K is not a multiple of the block size.
         state.shape = torch.Size((1, W.numel()))
         values: Tensor = bnb_functional.dequantize_4bit(packed, state)
         return values.view(W.shape)

@@ -1,0 +1,199 @@
+"""What PEFT's state says is computed right, or goes the stock way with its reason."""
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from lorafuse.patches.apply import OPERATIONS, apply
+
+ALL = dict.fromkeys(OPERATIONS, True)
+
+
+def reasons(fused) -> set[str]:
+    return {r.reason for r in fused.records if not r.fused}
+
+
+def stock_reasons(fused) -> set[str]:
+    return {reason for r in fused.records for reason in r.stock_calls}
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["down_proj", "o_proj"]},
+        {"use_rslora": True, "r": 6},
+        {"lora_bias": True},
+        {"bias": "lora_only"},
+        {"bias": "all"},
+    ],
+    ids=["q and v", "down and o", "rslora", "lora bias", "trained biases", "all biases"],
+)
+def test_computed_states(lora, make_peft, step, close) -> None:
+    model = make_peft("llama-biased", **lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name and name.endswith("bias"):
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    stock = step(model)
+    fused = apply(model, ALL)
+    close(step(model), stock)
+    called = {r.operation for r in fused.records if r.calls and not r.stock_calls}
+    assert {"lora_mlp", "lora_qkv", "lora_o", "rope"} <= called
+
+
+def test_dropout_trajectory_equals_stocks(make_peft, tokens) -> None:
+    curves = []
+    for fuse in (False, True):
+        model = make_peft("llama", lora_dropout=0.2)
+        fused = apply(model, ALL) if fuse else None
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        torch.manual_seed(11)
+        for _ in range(3):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            curves.append((float(loss.detach()), float(norm)))
+    assert fused is not None and all(r.calls == 3 for r in fused.records)
+    if tokens.is_cpu:  # on a GPU the masks depend on the dtype that PEFT casts to
+        for (loss, norm), (our_loss, our_norm) in zip(curves[:3], curves[3:], strict=True):
+            assert abs(our_loss - loss) < 1e-5 and abs(our_norm / norm - 1) < 1e-4
+
+
+def test_two_active_adapters_disabled_merged_and_switched(make_peft, step, close, tokens) -> None:
+    model = make_peft("llama")
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "second" in name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    fused = apply(model, ALL)
+
+    def both(**kwargs):
+        ours = step(model, **kwargs)
+        fused.unfuse()
+        stock = step(model, **kwargs)
+        return ours, stock
+
+    close(*both())
+    model.base_model.set_adapter(["default", "second"])
+    fused = apply(model, ALL)
+    close(*both())
+    assert not stock_reasons(fused)
+    fused = apply(model, ALL)
+    model.set_adapter("second")
+    close(*both())
+    fused = apply(model, ALL)
+    with torch.no_grad(), model.disable_adapter():
+        ours = model(input_ids=tokens).logits
+        fused.unfuse()
+        torch.testing.assert_close(ours, model(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
+    fused = apply(model, ALL)
+    model.merge_adapter()
+    with torch.no_grad():
+        ours = model(input_ids=tokens).logits
+        fused.unfuse()
+        torch.testing.assert_close(ours, model(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+
+
+def test_dora_falls_back_with_its_reason(make_peft, step, close) -> None:
+    model = make_peft("llama", use_dora=True)
+    stock = step(model)
+    fused = apply(model, ALL | {"cross_entropy": False, "rms_norm": False})
+    assert any("LoRA variant" in reason for reason in reasons(fused)), reasons(fused)
+    close(step(model), stock, 1e-6)
+
+
+def test_trained_base_weights_and_norms(make_peft, step, close) -> None:
+    model = make_peft("llama")
+    core = model.get_base_model()
+    core.model.layers[0].mlp.down_proj.base_layer.weight.requires_grad_(True)
+    core.model.layers[1].input_layernorm.weight.requires_grad_(True)
+    stock = step(model)
+    fused = apply(model, ALL)
+    close(step(model), stock)
+    assert "its base weight is trainable" in reasons(fused)
+    mlps = [r for r in fused.records if r.operation == "lora_mlp"]
+    assert [r.fused for r in mlps] == [False, True]
+    assert sum(r.fused for r in fused.records if r.operation == "rms_norm") == 5
+
+
+def test_modules_to_save(make_peft, step, close) -> None:
+    model = make_peft(
+        "llama", target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head", "o_proj"]
+    )
+    stock = step(model)
+    fused = apply(model, ALL)
+    close(step(model), stock)
+    assert any("modules_to_save" in reason or "trainable" in reason for reason in reasons(fused))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(make_peft, step, close, reentrant) -> None:
+    model = make_peft("llama", lora_dropout=0.1)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    torch.manual_seed(2)
+    stock = step(model)
+    fused = apply(model, ALL)
+    torch.manual_seed(2)
+    close(step(model), stock, 1e-4 if next(model.parameters()).is_cpu else 0.5)
+    # once forward, once again in backward
+    layers = [r for r in fused.records if r.operation == "lora_mlp"]
+    assert [r.calls for r in layers] == [2, 2]
+
+
+def test_generation_gives_stocks_tokens_through_a_kv_cache(make_peft, tokens) -> None:
+    model = make_peft("qwen2").eval()
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    stock = model.generate(input_ids=tokens, **settings)
+    fused = apply(model, ALL)
+    assert torch.equal(model.generate(input_ids=tokens, **settings), stock)
+    assert any("KV cache" in reason for reason in stock_reasons(fused))
+
+
+def test_hooks_on_inner_modules_run(make_peft, step, close) -> None:
+    model = make_peft("llama")
+    stock = step(model)
+    fused = apply(model, ALL)
+    seen = []
+    layer = model.get_base_model().model.layers[0]
+    handles = [
+        module.register_forward_hook(lambda *_: seen.append(1))
+        for module in (layer.mlp, layer.self_attn.q_proj)
+    ]
+    close(step(model), stock)
+    assert len(seen) == 2
+    assert any("has to run" in reason for reason in stock_reasons(fused))
+    for handle in handles:
+        handle.remove()
+    assert len(seen) == 2
+    close(step(model), stock)
+    assert len(seen) == 2
+
+
+def test_hidden_states_and_attentions_when_asked_for(make_peft, tokens) -> None:
+    model = make_peft("llama", attention="eager").eval()
+    asked = {"output_hidden_states": True, "output_attentions": True, "use_cache": False}
+    with torch.no_grad():
+        stock = model(input_ids=tokens, **asked)
+        apply(model, ALL)
+        ours = model(input_ids=tokens, **asked)
+    assert len(ours.hidden_states) == len(stock.hidden_states) == 3
+    assert len(ours.attentions) == len(stock.attentions) == 2
+    for a, b in zip(
+        [*ours.hidden_states, *ours.attentions],
+        [*stock.hidden_states, *stock.attentions],
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kv_cache_in_training_is_filled(make_peft, step, close) -> None:
+    model = make_peft("llama")
+    stock = step(model, use_cache=True)
+    fused = apply(model, ALL)
+    close(step(model, use_cache=True), stock)
+    assert not stock_reasons(fused)
