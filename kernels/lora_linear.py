@@ -206,7 +206,8 @@ class Group:
 
     def dropped(self, x: Tensor, index: int) -> Tensor:
         """D_i(X), drawn from the current generator in the order of the projections, as stock's."""
-        return F.dropout(x, self.projections[index].dropout, training=True)
+        # Contiguous, for a GPU draws another mask for a strided view: backward could not redraw it.
+        return F.dropout(x.contiguous(), self.projections[index].dropout, training=True)
 
     def masks(self, like: Tensor, rng: "RngState | None") -> Iterator[tuple[int, Tensor]]:
         """(i, D_i(1) [T, K]) of each adapted projection, drawn again from the saved state.

@@ -223,7 +223,15 @@ def main() -> None:
     lora = LoraConfig(
         r=args.rank,
         lora_alpha=args.rank,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        target_modules=[
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ],
         task_type="CAUSAL_LM",
     )
     peft = get_peft_model(model, lora)
