@@ -47,8 +47,17 @@ def make_model(folder: Path) -> None:
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    # A plain model of the same weights: transformers 5.17 refuses to save one that came from a GGUF.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    partial = folder.with_suffix(".partial")
+    plain.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
 
 
 def make_text(file: Path) -> None:

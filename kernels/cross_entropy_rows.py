@@ -130,7 +130,7 @@ def _torch_rows_(
 
 
 @triton.jit
-def _transform(z, scale, cap, HAS_CAP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _transform(z, scale, cap, HAS_CAP: tl.constexpr):
     t = z * scale
     if HAS_CAP:
         # tanh(x) = 2 sigmoid(2x) - 1, which does not overflow on either side
@@ -139,7 +139,7 @@ def _transform(z, scale, cap, HAS_CAP: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
-def _cross_entropy_rows_kernel(  # type: ignore[no-untyped-def]
+def _cross_entropy_rows_kernel(
     z_ptr,  # (M, V), overwritten with the gradient if GRADIENT
     label_ptr,  # (M,) int64
     loss_ptr,  # (M,) fp32

@@ -247,12 +247,19 @@ class DeferredLogits(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        # Reached only from code that skips __torch_function__. Autograd lies above this level, so
-        # the real logits could not carry a gradient.
-        raise RuntimeError(
-            f"{func} was called on logits that lorafuse has put off, past torch's overrides; "
-            "set fused_cross_entropy: false for this model"
-        )
+        # Reached only from code that skips __torch_function__, as collectives do. Autograd lies
+        # above this level: real logits computed here carry no gradient.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{func} was called on logits that lorafuse has put off, past torch's overrides; "
+                "set fused_cross_entropy: false for this model"
+            )
+
+        def real(x: DeferredLogits) -> Tensor:
+            return x.materialise(str(func))
+
+        args = tree_map_only(DeferredLogits, real, args)
+        return func(*args, **tree_map_only(DeferredLogits, real, kwargs or {}))
 
 
 def _last(dim: int, x: DeferredLogits) -> bool:
@@ -371,12 +378,12 @@ def _tanh(x: DeferredLogits) -> Any:
 
 def _softmax_form(form: str) -> Callable[..., Any]:
     def handler(
-        x: DeferredLogits, dim: int | None = None, third: Any = 3, dtype: Any = None
+        x: DeferredLogits, dim: int | None = None, _stacklevel: Any = 3, dtype: Any = None
     ) -> Any:
-        # the third is torch.nn.functional's stack level, or torch's dtype
+        # torch.nn.functional's third argument is a stack level, torch's own is the dtype
         if x.form != "logits" or dim is None or not _last(dim, x):
             return NotImplemented
-        if dtype is not None or not isinstance(third, int):
+        if dtype is not None or not isinstance(_stacklevel, int):
             return NotImplemented
         return x.variant(form=form)
 

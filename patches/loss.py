@@ -12,8 +12,7 @@ chunked loss does. If its output is {loss, num_valid_tokens, num_correct_tokens,
 logits, the class's forward is run instead, and its loss and the kernel's by-products are given in
 that very class.
 
-When logits are asked for, the stock forward runs: no labels, a KV cache, and evaluation, unless
-`prediction_loss_only` says that only the loss of it is wanted.
+The stock forward runs where there are no labels (generate, DPO, TRL's dft) or a KV cache.
 """
 
 import dataclasses
@@ -40,6 +39,7 @@ __all__ = ["CausalHead", "FusedCausalLoss", "recognise_causal_head", "verify_cau
 
 _BY_PRODUCTS = ("num_valid_tokens", "num_correct_tokens", "entropy_sum")
 _SHAPE = (2, 9)
+_INPUT = "gradient of the hidden states"
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +129,8 @@ class _Swap:
 class FusedCausalLoss(FusedForward):
     """The forward of a causal LM whose loss is computed without the logits of the batch.
 
-    Attributes:
-        prediction_loss_only: evaluation wants the loss alone, so that it is fused as well.
+    Evaluation is fused as well: what wants its logits (`predict`, `compute_metrics`) reads real
+    ones, and what wants the loss alone never holds them.
     """
 
     operations: ClassVar[tuple[str, ...]] = ("cross_entropy",)
@@ -138,7 +138,6 @@ class FusedCausalLoss(FusedForward):
     def __init__(self, head: CausalHead) -> None:
         super().__init__(head.module)
         self.head = head
-        self.prediction_loss_only = False
         parameters = list(self.__signature__.parameters)
         self._position = {name: i for i, name in enumerate(parameters)}
 
@@ -192,10 +191,6 @@ class FusedCausalLoss(FusedForward):
             return "no labels were passed: the caller wants logits"
         if self._argument("past_key_values", args, kwargs) is not None:
             return "a KV cache is in use"
-        if not self.module.training and not self.prediction_loss_only:
-            # A replaced forward gives no logits in evaluation either.
-            if self.head.replaced is None:
-                return "evaluation returns real logits"
         if has_live_hooks(self.head.head):
             return "a hook on the head has to run"
         return None
@@ -223,8 +218,10 @@ def recognise_causal_head(model: nn.Module) -> CausalHead | str:
     Its forward is tried on a few hidden states, to learn whether it calls the head.
     """
     for module in model.modules():
-        get_head = getattr(module, "get_output_embeddings", None)
-        head = get_head() if callable(get_head) and hasattr(module, "base_model_prefix") else None
+        # Asked of the class: PEFT's wrappers hand every attribute of their base model on.
+        if not hasattr(type(module), "base_model_prefix"):
+            continue
+        head = module.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, nn.Module):
             break
     else:
@@ -298,6 +295,7 @@ def _trial(head: CausalHead) -> Iterator[_Trial]:
         return _BackboneOutput(last_hidden_state=hidden)  # type: ignore[arg-type]
 
     with (
+        torch.random.fork_rng([weight.device] if weight.is_cuda else []),
         torch.enable_grad(),
         torch.autocast(weight.device.type, enabled=False),
         _Swap(head.backbone, backbone),
@@ -382,10 +380,12 @@ def _differ(outputs: list[Any], leaves: list[Tensor], dtype: torch.dtype) -> str
     if outputs[0].get("logits") is not None:
         stock["logits"] = outputs[0].logits.detach()
         fused["logits"] = outputs[1].logits + 0.0
+    if _INPUT not in stock:
+        return "its forward does not call its backbone as a whole"
     if set(stock) != set(fused):
         return f"{sorted(set(stock) ^ set(fused))[0]} is in only one of stock and fused outputs"
     for name, expected in stock.items():
-        expected, got = expected.double(), fused[name].detach().double()
+        expected, got = expected.detach().double(), fused[name].detach().double()
         error = float((got - expected).norm() / expected.norm().clamp_min(1e-30))
         # A prediction may turn where rounding makes or breaks a tie of two logits.
         off = abs(float(got - expected)) > 1 if name == "num_correct_tokens" else error > limit
@@ -395,5 +395,6 @@ def _differ(outputs: list[Any], leaves: list[Tensor], dtype: torch.dtype) -> str
 
 
 def _gradients(loss: Tensor, leaves: list[Tensor]) -> dict[str, Tensor]:
+    names = [_INPUT, *(f"gradient of the head's parameter {i}" for i in range(len(leaves) - 1))]
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return {f"gradient {i} (0: hidden states)": g for i, g in enumerate(gradients) if g is not None}
+    return {n: g for n, g in zip(names, gradients, strict=True) if g is not None}

@@ -142,11 +142,9 @@ def named_on(flags: Mapping[str, Any]) -> list[str]:
 
 
 def _looks_like_ours(name: str) -> bool:
-    if name == EVERYTHING:
-        return False
     # `fuse_lora_mlp` is a slip of the pen, and Axolotl would drop it in silence.
     return name.startswith(PREFIX) or bool(
-        get_close_matches(name, FuseConfig.model_fields, n=1, cutoff=0.85)
+        name.startswith("fuse") and get_close_matches(name, FuseConfig.model_fields, cutoff=0.85)
     )
 
 

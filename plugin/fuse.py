@@ -34,8 +34,8 @@ def fuse(model: nn.Module, config: FuseConfig | None = None, **flags: Any) -> Fu
 
     Raises:
         FuseConfigError: A wrong flag, or both `config` and flags.
-        FuseError: With `fused_strict`, something cannot be fused; the model is as it was. Or a
-            third party's plugin failed.
+        FuseError: With `fused_strict`, something cannot be fused; the model is the stock one then.
+            Or a third party's plugin failed.
         TypeError: `model` is not a module.
     """
     config = resolve_config(config, flags)

@@ -176,7 +176,7 @@ class FuseReport:
                 "yes" if one.asked else "no",
                 str(one.found) if one.asked else "",
                 str(one.fused) if one.asked else "",
-                (str(one.called) if self.steps else "not yet") if one.asked else "",
+                (str(one.called) if self.steps or one.called else "not yet") if one.asked else "",
                 levels,
                 "\n".join(reasons),
             )

@@ -88,9 +88,10 @@ def main() -> None:
         losses = [b["loss"] - a["loss"] for a, b in zip(stock, fused, strict=True)]
         norms = [b["grad_norm"] / a["grad_norm"] - 1 for a, b in zip(stock, fused, strict=True)]
         drift = sum(losses) / len(losses)
+        ends = f"stock {stock[-1]['loss']:.4f} fused {fused[-1]['loss']:.4f}"
         print(
             f"{name}, {'NF4' if nf4 else 'float'}, {len(losses)} steps: loss "
-            f"{stock[0]['loss']:.4f} -> stock {stock[-1]['loss']:.4f} fused {fused[-1]['loss']:.4f}; "
+            f"{stock[0]['loss']:.4f} -> {ends}; "
             f"mean drift {drift:+.2e}, largest difference {max(map(abs, losses)):.1e}, gradient "
             f"norm mean {sum(norms) / len(norms):+.1e} largest {max(map(abs, norms)):.1e}"
         )

@@ -81,9 +81,11 @@ class Oracle:
             return
         our_error = (ours.double() - exact).abs().max().item()
         stock_error = (stock.double() - exact).abs().max().item()
-        # Triton's interpreter truncates where a GPU rounds fp32 to bf16; a GPU's fp32 exp and
-        # division are good to about two units in the last place.
-        roundings = 2.0 if ours.dtype == torch.float32 or runtime.interpreting() else 1.0
+        # Triton's interpreter truncates where a GPU rounds fp32 to bf16. In fp32 no coarse store
+        # hides the rest: exp and division are good to about two units in the last place, and a
+        # chain of GEMMs rounds a few times more in one order of additions than in another.
+        fp32 = ours.dtype == torch.float32
+        roundings = 6.0 if fp32 else 2.0 if runtime.interpreting() else 1.0
         eps = roundings * torch.finfo(ours.dtype).eps / 2 * exact.abs().max().item()
         assert our_error <= 2 * stock_error + eps, (
             f"{name} [{ours.dtype}]: error {our_error:.3e}, but torch's is {stock_error:.3e} "

@@ -111,13 +111,13 @@ def test_large_gates_stay_finite(device, dtype, activation):
 
 
 def test_rows_beyond_2_to_the_31_elements(oracle, device, randn):
-    """Two rows 2^31 elements apart: 32-bit offsets would read the wrong one."""
+    """A row that starts at element 2^31 although its number and the stride fit 32 bits."""
     buffer = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
-    wide = buffer.as_strided((2, 64), (2**31, 1))
-    wide.copy_(randn(2, 64))
-    near, up = wide.clone(), randn(2, 64, dtype=torch.bfloat16)
+    wide = buffer.as_strided((3, 64), (2**30, 1))
+    wide.copy_(randn(3, 64))
+    near, up = wide.clone(), randn(3, 64, dtype=torch.bfloat16)
     check(oracle, {"gate": wide, "up": up}, "silu")
-    dm = randn(2, 64, dtype=torch.bfloat16)
+    dm = randn(3, 64, dtype=torch.bfloat16)
     far_copies, near_copies = (up.clone(), dm.clone()), (up.clone(), dm.clone())
     glu_bwd_(wide, *far_copies, "silu")
     glu_bwd_(near, *near_copies, "silu")

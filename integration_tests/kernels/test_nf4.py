@@ -186,10 +186,10 @@ def test_fp64_out_and_no_elements(device, randn: Randn):
 
 
 def test_rows_beyond_2_to_the_31_elements(device, randn: Randn):
-    """Two rows 2^31 elements apart: 32-bit offsets would write to the wrong one."""
-    w, by_bitsandbytes = quantised(randn(2, 128))
+    """A row that starts at element 2^31 although its number and the stride fit 32 bits."""
+    w, by_bitsandbytes = quantised(randn(3, 128))
     far = torch.empty(2**31 + 128, dtype=torch.bfloat16, device=device)
-    out = far.as_strided((2, 128), (2**31, 1))
+    out = far.as_strided((3, 128), (2**30, 1))
     dequantise(w, out)
     assert_same_bits(out.clone(), by_bitsandbytes(torch.bfloat16))
 

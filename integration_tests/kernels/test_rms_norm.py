@@ -86,6 +86,14 @@ def test_mixed_dtypes(oracle, randn, x_dtype, weight_dtype, out_dtype):
     assert y.dtype == out_dtype
 
 
+def test_the_rounded_sum_is_what_is_normalised(randn, dtype):
+    """Backward and the next layer see the rounded x + residual: y must be its norm, to the bit."""
+    x, residual = (randn(4, 96, dtype=dtype) for _ in range(2))
+    weight = randn(96)
+    y, h = rms_norm(x, weight, EPS, 0.0, residual)
+    assert torch.equal(y, rms_norm(h, weight, EPS))
+
+
 def test_wider_residual_stream(oracle, randn):
     """A bf16 branch onto an fp32 stream: the sum stays fp32, the norm goes out in bf16."""
     inputs = {
@@ -174,12 +182,12 @@ def test_dweight_over_several_tiles_repeats_bit_for_bit(oracle, randn, monkeypat
 
 
 def test_rows_beyond_2_to_the_31_elements(oracle, device, randn):
-    """Two rows 2^31 elements apart: 32-bit offsets would read the wrong one."""
+    """A row that starts at element 2^31 although its number and the stride fit 32 bits."""
     buffer = torch.empty(
         2**31 + 64, dtype=torch.bfloat16, device=device
     )  # on CPU, of untouched pages
-    wide = buffer.as_strided((2, 64), (2**31, 1))
-    wide.copy_(randn(2, 64))
+    wide = buffer.as_strided((3, 64), (2**30, 1))
+    wide.copy_(randn(3, 64))
     near, weight = wide.clone(), randn(64, dtype=torch.bfloat16)
     oracle.check(ours, stock, {"x": wide, "weight": weight}, ("x", "weight"))
     y = torch.empty_like(near)

@@ -150,11 +150,11 @@ def test_only_q_in_place(randn):
 
 
 def test_tokens_beyond_2_to_the_31_elements(device, randn):
-    """Tokens 2^31 elements apart, then heads: 32-bit offsets would write to the wrong one."""
+    """A token, then a head, at element 2^31 although its number and the stride fit 32 bits."""
     wide = torch.empty(2**31 + 8, dtype=torch.bfloat16, device=device)
-    k = randn(1, 2, 2, 8, dtype=torch.bfloat16)
-    cos, sin = angles(randn, 1, 2, 8, torch.float32).values()
-    for shape, strides in (((1, 2, 1, 8), (0, 2**31, 0, 1)), ((1, 1, 2, 8), (0, 0, 2**31, 1))):
+    k = randn(1, 3, 2, 8, dtype=torch.bfloat16)
+    cos, sin = angles(randn, 1, 3, 8, torch.float32).values()
+    for shape, strides in (((1, 3, 1, 8), (0, 2**30, 0, 1)), ((1, 1, 3, 8), (0, 0, 2**30, 1))):
         q = randn(*shape, dtype=torch.bfloat16)
         c, s, keys = cos[:, : shape[1]], sin[:, : shape[1]], k[:, : shape[1]].clone()
         far = wide.as_strided(shape, strides)
