@@ -47,7 +47,7 @@ def make_model(folder: Path) -> None:
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
-    # A plain model of the same weights: transformers 5.17 refuses to save one that came from a GGUF.
+    # A plain model of the same weights: transformers 5.17 refuses to save one from a GGUF.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)

@@ -31,7 +31,7 @@ GRAD_NORM_BOUND_FP32 = 1e-3
 # In bf16 single steps scatter by rounding, in both directions; their mean must not drift.
 MEAN_LOSS_BOUND_BF16 = 1e-3
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ def progress(log: Path) -> str:
 
 def compare(stock: Run, fused: Run) -> list[str]:
     """Prints the curves side by side. Returns what is wrong with them."""
-    table = Table(title="the same 24 steps, stock and fused", title_justify="left")
+    table = Table(
+        title=f"the same {len(stock.losses)} steps, stock and fused", title_justify="left"
+    )
     for column in ("step", "loss stock", "loss fused", "difference"):
         table.add_column(column, justify="right")
     for column in ("grad norm stock", "grad norm fused", "relative"):
@@ -172,10 +174,12 @@ def answer(root: Path) -> list[str]:
     outcome = subprocess.run(
         [sys.executable, str(script), str(root / assets.MODEL), str(root / "fused"), PROMPT],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
     console.print(outcome.stdout, markup=False)
+    if outcome.returncode:
+        console.print(outcome.stderr, markup=False)
     return ["the adapter did not load in plain PEFT"] if outcome.returncode else []
 
 

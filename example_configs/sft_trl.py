@@ -5,9 +5,10 @@ make assets && .venv/bin/python example_configs/sft_trl.py
 
 import torch
 from datasets import load_dataset
-from lorafuse import LorafuseCallback
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
+
+from lorafuse import LorafuseCallback
 
 MODEL = ".demo/smollm2-135m"
 TEXT = ".demo/dialogues.jsonl"

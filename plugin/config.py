@@ -132,8 +132,7 @@ class FuseConfig(BaseModel):
 
 
 def is_on(value: object) -> bool:
-    """Whether an operation's value asks for it: true for a switch, any mode but `off` for a
-    mode."""
+    """Whether an operation's value asks for it: true, or any mode but `off`."""
     return value not in (False, "off", None)
 
 

@@ -1,5 +1,4 @@
-"""The two errors that lorafuse raises on purpose: a wrong flag, and a fusion that was not
-possible."""
+"""The two errors that lorafuse raises on purpose: a wrong flag, an impossible fusion."""
 
 
 class FuseConfigError(ValueError):

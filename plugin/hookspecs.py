@@ -34,8 +34,7 @@ def lorafuse_weight_formats() -> Sequence[Any]:  # type: ignore[empty-body]
 
 @hookspec
 def lorafuse_model_built(model: nn.Module, config: "FuseConfig") -> None:
-    """The base model stands, without adapters. Axolotl only: TRL has no such moment for a
-    callback."""
+    """The base model stands, without adapters. Axolotl only: in TRL no callback sees that."""
 
 
 @hookspec
@@ -45,8 +44,7 @@ def lorafuse_adapter_attached(model: nn.Module, config: "FuseConfig") -> None:
 
 @hookspec
 def lorafuse_trainer_built(trainer: Any, config: "FuseConfig") -> None:
-    """The trainer stands, the model is not fused yet. Axolotl only: a callback never sees its
-    trainer."""
+    """The trainer stands, the model is not fused yet. Axolotl only: no callback sees a trainer."""
 
 
 @hookspec

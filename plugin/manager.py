@@ -90,8 +90,7 @@ class Plugins:
         self._distributions[name] = origin
 
     def _culprit(self, caller: pluggy.HookCaller, traceback: TracebackType | None) -> str | None:
-        """The third party whose implementation is among the frames that the exception went
-        through."""
+        """The third party whose implementation is among the frames of the exception."""
         codes = {
             implementation.function.__code__: implementation.plugin_name
             for implementation in caller.get_hookimpls()

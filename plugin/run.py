@@ -1,5 +1,4 @@
-"""What lorafuse does while a trainer runs: the report after step 1, and metrics in the trainer's
-own logs.
+"""What lorafuse does while a trainer runs: the report after step 1, metrics in the trainer's logs.
 
 transformers calls callbacks in the order in which they were added, and hands each the same dict of
 logs. The reporting ones (W&B, MLflow, TensorBoard, the progress bar) come first, so ours goes to

@@ -52,8 +52,7 @@ class Throughput:
         self._started_s = None
 
     def end_stretch(self) -> float | None:
-        """Ends the stretch. Returns this process's tokens per second, None without a whole
-        stretch."""
+        """Ends the stretch; this process's tokens per second, None without a whole stretch."""
         if self._started_s is None:
             return None
         tokens = int(self._tokens)
@@ -75,8 +74,7 @@ class Throughput:
 
 
 def peak_memory_gb() -> float | None:
-    """The peak so far, in GB of 1e9 bytes: allocated on the GPU, or resident where there is
-    none."""
+    """The peak so far, in GB of 1e9 bytes: allocated on the GPU, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GB
     if sys.platform == "win32":

@@ -86,7 +86,7 @@ Axolotl = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def axolotl(assets: Path, tmp_path: Path) -> Axolotl:
-    """Runs the real `axolotl train` on a YAML of the given settings; output_dir is tmp_path/name."""
+    """Runs the real `axolotl train` on a YAML of these settings; output_dir is tmp_path/name."""
 
     def run(
         name: str, *, fails: bool = False, **settings: Any

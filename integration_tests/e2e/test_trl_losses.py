@@ -46,7 +46,8 @@ def data() -> Dataset:
     rows = []
     for labelled in LABELLED:
         ids = torch.randint(3, 256, (12 + labelled,), generator=generator).tolist()
-        labels = [-100] * 12 + ids[12:]
+        # TRL drops examples without any label; one on the first token has none left after the shift.
+        labels = [ids[0]] * (not labelled) + [-100] * (12 - (not labelled)) + ids[12:]
         rows.append({"input_ids": ids, "labels": labels})
     return Dataset.from_list(rows)
 
@@ -79,7 +80,7 @@ class Run:
         flags: dict[str, bool] | None,
         accumulation: int = 1,
         lora: LoraConfig | None = None,
-        steps: int = 3,
+        steps: int = 2,
         compute_metrics: Any = None,
         **arguments: Any,
     ) -> None:
@@ -120,11 +121,14 @@ class Run:
         assert len(self.logs) == steps
 
     @property
-    def record(self) -> Any:
+    def report(self) -> Any:
+        """What the report says about the loss."""
         assert self.callback is not None and self.callback.report is not None
-        records = self.callback.report.records
-        (record,) = [r for r in records if r.operation == "cross_entropy"]
-        return record
+        return self.callback.report.operations()["cross_entropy"]
+
+    @property
+    def stock_calls(self) -> dict[str, int]:
+        return {reason.reason: reason.calls for reason in self.report.runtime_fallbacks}
 
 
 ONLY_LOSS = {"fused_cross_entropy": True}
@@ -157,24 +161,23 @@ def runs(tmp_path_factory: Any, tokenizer: Any, data: Dataset) -> dict[Any, Run]
 def test_logs_equal_stocks(runs, loss, accumulation):
     fused, stock = (runs[loss, accumulation, which].logs for which in (True, False))
     assert_same_logs(fused, stock, 1e-4)
-    # different losses and accuracies, or the comparison would show nothing
-    assert stock[0]["loss"] > stock[-1]["loss"] + 0.05
+    assert stock[0]["loss"] != stock[1]["loss"]  # it learns, or little would be shown
     assert all(log["entropy"] > 1 and log["grad_norm"] > 0 for log in stock)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_record_says_what_ran(runs, loss, accumulation):
-    record = runs[loss, accumulation, True].record
-    micro_batches = 3 * accumulation
-    assert record.fused
+    run = runs[loss, accumulation, True]
+    micro_batches = 2 * accumulation
+    assert run.report.fused == 1
     if loss == "dft":
         # computes its loss itself, from logits that it asks for without labels
-        assert record.calls == 0
-        assert record.stock_calls == {NO_LABELS: micro_batches}
+        assert run.report.calls == 0
+        assert run.stock_calls == {NO_LABELS: micro_batches}
     else:
-        assert record.calls == micro_batches
-        assert record.stock_calls == {}
+        assert run.report.calls == micro_batches
+        assert run.stock_calls == {}
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["stock", "fused"])
@@ -196,8 +199,9 @@ def test_the_losses_agree_among_themselves(runs):
 def test_with_everything_else_fused(runs, tmp_path, tokenizer, data, loss):
     run = Run(tmp_path, tokenizer, data, loss, {}, accumulation=4)
     assert_same_logs(run.logs, runs[loss, 4, False].logs, 1e-3)
-    assert run.record.calls == 12 and not run.record.stock_calls
-    assert {r.operation for r in run.callback.report.records if r.fused} >= {"lora_mlp", "rms_norm"}
+    assert run.report.calls == 8 and not run.stock_calls
+    operations = run.callback.report.operations()
+    assert all(operations[name].called for name in ("lora_mlp", "lora_qkv", "rms_norm"))
 
 
 @pytest.mark.parametrize("loss", ["nll", "chunked_nll"])
@@ -206,20 +210,15 @@ def test_with_everything_else_fused(runs, tmp_path, tokenizer, data, loss):
     [
         {"bf16": True},
         {"gradient_checkpointing": True},
-        {
-            "padding_free": False,
-            "label_smoothing_factor": 0.0,
-            "average_tokens_across_devices": False,
-        },
     ],
-    ids=["bf16", "checkpointing", "no-average"],
+    ids=["bf16", "checkpointing"],
 )
 def test_other_settings(tmp_path, tokenizer, data, loss, arguments):
     logs = {}
     for flags in (None, ONLY_LOSS):
         run = Run(tmp_path, tokenizer, data, loss, flags, accumulation=2, **arguments)
         logs[flags is None] = run.logs
-    assert run.record.calls == 6 and run.record.stock_calls == {}
+    assert run.report.calls == 4 and not run.stock_calls
     assert_same_logs(logs[False], logs[True], 1e-2 if "bf16" in arguments else 1e-4)
 
 
@@ -233,7 +232,7 @@ def test_a_trained_head(tmp_path, tokenizer, data, loss):
     weights = [dict(r.trainer.model.named_parameters()) for r in logs.values()]
     (name,) = [n for n in weights[0] if "modules_to_save" in n]
     torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)
-    assert logs[False].record.calls == 3
+    assert logs[False].report.calls == 2
 
 
 def test_an_adapted_head_with_nll(tmp_path, tokenizer, data):
@@ -243,7 +242,7 @@ def test_an_adapted_head_with_nll(tmp_path, tokenizer, data):
         lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
         logs[flags is None] = Run(tmp_path, tokenizer, data, "nll", flags, lora=lora)
     assert_same_logs(logs[False].logs, logs[True].logs, 1e-4)
-    assert logs[False].record.calls == 3 and not logs[False].record.stock_calls
+    assert logs[False].report.calls == 2 and not logs[False].stock_calls
 
 
 # Evaluation
@@ -287,7 +286,7 @@ def test_evaluation_of_the_loss_alone(tmp_path, tokenizer, data, loss):
     assert set(fused) == set(stock)
     for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
         assert fused[name] == pytest.approx(stock[name], rel=1e-4, abs=1e-5), name
-    assert run.record.calls == 3 + 3 and run.record.stock_calls == {}
+    assert run.report.calls == 2 + 3 and not run.stock_calls
 
 
 def test_chunked_evaluation_predicts_what_stock_predicts(tmp_path, tokenizer, data):

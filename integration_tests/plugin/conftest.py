@@ -105,7 +105,7 @@ InstallPlugin = Callable[[str], None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InstallPlugin:
-    """Puts a distribution `thirdparty 1.2` with this module as a plugin on the path, as pip does."""
+    """Puts a distribution `thirdparty 1.2`, whose plugin is this module, on the path."""
 
     def put(source: str) -> None:
         site = tmp_path / "site"

@@ -114,6 +114,7 @@ def test_a_compiled_model_stays_as_it_is(llama) -> None:
 
 
 def test_a_strict_error_says_why_and_leaves_the_model_alone(gpt2) -> None:
+    gpt2.eval()  # or its dropout gives every step another loss
     before, _ = step(gpt2)
     with pytest.raises(FuseError) as error:
         fuse(gpt2, fused_strict=True)

@@ -1,0 +1,137 @@
+"""`LorafuseCallback` on TRL's real SFTTrainer, with every operation on.
+
+e2e/test_trl_losses.py compares TRL's losses one by one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from lorafuse import FuseConfig, LorafuseCallback
+from lorafuse.plugin.errors import FuseConfigError
+from lorafuse.plugin.run import PEAK_MEMORY_GB, TOKENS_PER_SECOND
+
+SAME = ("loss", "grad_norm", "mean_token_accuracy", "entropy")
+
+
+def build(model: LlamaForCausalLM, tokenizer: Any, folder: Path, **options: Any) -> SFTTrainer:
+    """An SFTTrainer on a few random sentences, the same at every call."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        {"input_ids": torch.randint(3, 60, (length,), generator=generator).tolist()}
+        for length in (5, 12, 8, 3, 9, 14, 7, 6) * 2
+    ]
+    args = SFTConfig(
+        output_dir=str(folder),
+        **{
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 5e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+            "seed": 0,
+        }
+        | options,
+    )
+    torch.manual_seed(0)
+    return SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+    )
+
+
+def logs(trainer: SFTTrainer) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture
+def both(bare_llama, tokenizer, tmp_path) -> tuple[SFTTrainer, SFTTrainer, LorafuseCallback]:
+    """A stock run and a fused one from the same weights, each with its adapter saved."""
+    weights = {name: value.clone() for name, value in bare_llama.state_dict().items()}
+    stock = build(bare_llama, tokenizer, tmp_path / "stock")
+    stock.train()
+    stock.save_model()
+    again = LlamaForCausalLM(bare_llama.config)
+    again.load_state_dict(weights)
+    fused = build(again, tokenizer, tmp_path / "fused")
+    callback = LorafuseCallback()
+    fused.add_callback(callback)
+    fused.train()
+    fused.save_model()
+    return stock, fused, callback
+
+
+def test_a_run_follows_the_stock_one(both, tmp_path) -> None:
+    stock, fused, callback = both
+    assert len(logs(stock)) == len(logs(fused)) == 4
+    for ours, theirs in zip(logs(fused), logs(stock), strict=True):
+        for name in SAME:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+        assert set(ours) - set(theirs) == {TOKENS_PER_SECOND, PEAK_MEMORY_GB}
+    operations = callback.report.operations()
+    for name, one in operations.items():
+        assert one.called == one.fused and (one.fused or name == "attention"), name
+    report = json.loads((tmp_path / "fused" / "lorafuse_report.json").read_text("utf-8"))
+    assert report["steps"] == 4 and report["operations"]["cross_entropy"]["calls"] == 4
+
+
+def test_the_saved_adapter_is_pefts(both, tmp_path) -> None:
+    _, fused, callback = both
+    saved = {
+        name: load_file(tmp_path / name / "adapter_model.safetensors")
+        for name in ("stock", "fused")
+    }
+    assert list(saved["stock"]) == list(saved["fused"])
+    for name, value in saved["stock"].items():
+        torch.testing.assert_close(saved["fused"][name], value, atol=1e-3, rtol=1e-2, msg=name)
+    # Plain PEFT computes with it what the fused model does, and what it does when unfused.
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(0)
+    fused.model.eval()
+    base = LlamaForCausalLM(fused.model.get_base_model().config)
+    plain_names = {n.replace(".base_layer", ""): v for n, v in fused.model.state_dict().items()}
+    prefix = "base_model.model."
+    base.load_state_dict(
+        {n.removeprefix(prefix): v for n, v in plain_names.items() if "lora_" not in n}
+    )
+    plain = PeftModel.from_pretrained(base, tmp_path / "fused").eval()
+    with torch.no_grad():
+        expected = plain(input_ids=ids).logits
+        torch.testing.assert_close(fused.model(input_ids=ids).logits, expected)
+        callback.report.unfuse()
+        assert torch.equal(fused.model(input_ids=ids).logits, expected)
+
+
+def test_only_what_is_named_is_fused(bare_llama, tokenizer, tmp_path) -> None:
+    trainer = build(bare_llama, tokenizer, tmp_path, max_steps=1)
+    callback = LorafuseCallback(fused_lora_mlp=True, fused_cross_entropy=True)
+    trainer.add_callback(callback)
+    trainer.train()
+    fused = {name: one.called for name, one in callback.report.operations().items() if one.asked}
+    assert fused == {"lora_mlp": 2, "cross_entropy": 1}
+
+
+def test_it_takes_a_configuration_or_flags() -> None:
+    config = FuseConfig(fused_rope=False)
+    assert LorafuseCallback(config).config is config
+    assert LorafuseCallback(fused_rope=False).config == config
+    assert LorafuseCallback().config == FuseConfig()
+    with pytest.raises(FuseConfigError, match="not both"):
+        LorafuseCallback(config, fused_rope=True)
+    with pytest.raises(FuseConfigError, match="did you mean `fused_rope`"):
+        LorafuseCallback(fused_roep=True)
