@@ -1,4 +1,4 @@
-"""LoRA with TRL's SFTTrainer, fused by one line. Runs on a CPU or any GPU, once the assets are there:
+"""LoRA with TRL's SFTTrainer, fused by one line. Runs on a CPU or any GPU, with the demo's assets:
 
 make assets && .venv/bin/python example_configs/sft_trl.py
 """

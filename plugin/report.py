@@ -111,22 +111,17 @@ class FuseReport:
         self.config = config
         self.notes = list(notes)
         self.steps = 0
-        self.records = records
+        self._records = records
         self._unfuse = unfuse
 
     def unfuse(self) -> None:
         """Restores the model exactly as it was before fusing. A second call does nothing."""
         self._unfuse()
 
-    @property
-    def records(self) -> tuple[Record, ...]:
-        """One record an operation and module, as the engine counts them."""
-        return tuple(self._records)
-
     def operations(self) -> dict[str, OperationReport]:
         """The state of each operation, by its name without `fused_`."""
         records: defaultdict[str, list[Record]] = defaultdict(list)
-        for record in self.records:
+        for record in self._records:
             records[record.operation].append(record)
         enabled = self.config.enabled()
         return {

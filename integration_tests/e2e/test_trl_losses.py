@@ -46,7 +46,7 @@ def data() -> Dataset:
     rows = []
     for labelled in LABELLED:
         ids = torch.randint(3, 256, (12 + labelled,), generator=generator).tolist()
-        # TRL drops examples without any label; one on the first token has none left after the shift.
+        # TRL drops examples without a label. One on the first token is gone after the shift.
         labels = [ids[0]] * (not labelled) + [-100] * (12 - (not labelled)) + ids[12:]
         rows.append({"input_ids": ids, "labels": labels})
     return Dataset.from_list(rows)
