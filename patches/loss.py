@@ -164,6 +164,11 @@ class FusedCausalLoss(FusedForward):
             kwargs.pop("use_cache", None)
             kwargs["use_cache"] = False
             forward = type(self.module).forward.__get__(self.module)
+            count = kwargs.get("num_items_in_batch")
+            if replaced.empty_loss_is_zero and count is not None:
+                # No labels anywhere: 0 / 0 in the model's own code, but 0 in the replaced forward.
+                at_least_one = count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
+                kwargs["num_items_in_batch"] = at_least_one
         with self._armed(calls, replaced is not None and replaced.empty_loss_is_zero):
             outputs = forward(*args, **kwargs)
         results = [result for call in calls for result in call.results]

@@ -272,7 +272,7 @@ def test_compute_metrics_and_predict_get_real_logits(tmp_path, tokenizer, data, 
     assert stock["eval_words"] == 256
     for name in stock:
         if not name.endswith(("runtime", "per_second")):
-            assert fused[name] == pytest.approx(stock[name], rel=1e-3, abs=1e-4), name
+            assert fused[name] == pytest.approx(stock[name], rel=1e-3, abs=1e-4, nan_ok=True), name
 
 
 @pytest.mark.parametrize("loss", ["nll", "chunked_nll"])
@@ -284,8 +284,10 @@ def test_evaluation_of_the_loss_alone(tmp_path, tokenizer, data, loss):
         results.append(run.trainer.evaluate())
     stock, fused = results
     assert set(fused) == set(stock)
+    # The batch without labels makes the mean loss NaN in transformers, not in TRL's chunked loss.
+    assert (stock["eval_loss"] != stock["eval_loss"]) == (loss == "nll")
     for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
-        assert fused[name] == pytest.approx(stock[name], rel=1e-4, abs=1e-5), name
+        assert fused[name] == pytest.approx(stock[name], rel=1e-4, abs=1e-5, nan_ok=True), name
     assert run.report.calls == 2 + 3 and not run.stock_calls
 
 

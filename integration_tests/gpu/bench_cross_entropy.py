@@ -1,10 +1,10 @@
-"""Time and peak memory of the head and the loss, forward and backward: ours, stock, and the GEMMs alone.
+"""Time and peak memory of the head and the loss, both ways: ours, stock, and the GEMMs alone.
 
     python integration_tests/gpu/bench_cross_entropy.py            # 8,192 x 4,096 x 128,256 in bf16
     python integration_tests/gpu/bench_cross_entropy.py --tiny     # on any CPU
 
 Stock is what a transformers model does: the head's logits, in fp32, shifted into
-`torch.nn.functional.cross_entropy`. The floor is the two GEMMs of a frozen head, in the same chunks.
+`torch.nn.functional.cross_entropy`. The floor is the two GEMMs of a frozen head, in our chunks.
 """
 
 import argparse

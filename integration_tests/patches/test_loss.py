@@ -467,10 +467,12 @@ def test_trls_chunked_loss(make_peft, tokens, labels, family, count, training):
     assert set(output) == set(stock_output)
     assert forward.calls == 2 and not forward.stock_calls
     nothing = torch.full_like(labels, -100)
-    empty = run(model, tokens, nothing, **more)
+    no_count = {name: 0 for name in more}  # as transformers counts it
+    empty = [run(model, tokens, nothing, **counts) for counts in (more, no_count)]
     binding.undo()
-    same(empty, run(model, tokens, nothing, **more))
-    assert empty["loss"] == 0
+    for ours, counts in zip(empty, (more, no_count), strict=True):
+        same(ours, run(model, tokens, nothing, **counts))
+        assert ours["loss"] == 0
 
 
 def test_trls_chunked_loss_without_labels(llama, tokens):
