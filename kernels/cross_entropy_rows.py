@@ -34,9 +34,6 @@ from torch import Tensor
 
 from lorafuse.kernels.runtime import launch_device, next_power_of_2, tl, triton, use_triton
 
-# 1 MB of fp32.
-_CACHED_WORDS = 2**16
-
 __all__ = ["CrossEntropyOptions", "cross_entropy_rows_", "reference"]
 
 
@@ -96,24 +93,6 @@ def reference(
 
 
 def _torch_rows_(
-    z: Tensor,
-    labels: Tensor,
-    options: CrossEntropyOptions,
-    loss: Tensor,
-    entropy: Tensor,
-    prediction: Tensor,
-    gradient: bool,
-) -> None:
-    # A few rows at a time, so that the temporaries stay in the CPU's cache.
-    step = max(1, _CACHED_WORDS // z.shape[1]) if z.device.type == "cpu" else z.shape[0]
-    for start in range(0, z.shape[0], step):
-        part = slice(start, start + step)
-        _torch_few_rows_(
-            z[part], labels[part], options, loss[part], entropy[part], prediction[part], gradient
-        )
-
-
-def _torch_few_rows_(
     z: Tensor,
     labels: Tensor,
     options: CrossEntropyOptions,
