@@ -54,8 +54,8 @@ test: lint unit interpreted $(if $(filter-out 0,$(GPU)),gpu)
 	@cat .demo/test-*.summary
 
 lint: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy -p lorafuse
 
 # Each suite leaves its closing line for the end of `make test`.

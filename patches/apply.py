@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lorafuse.patches.loss import FusedCausalLoss, recognise_causal_head, verify_causal_loss
 from torch import Tensor, nn
 
 from lorafuse.patches.adapters import adapter_parameters
@@ -23,6 +22,7 @@ from lorafuse.patches.attention import (
 )
 from lorafuse.patches.bind import Binding, FusedForward, Unsupported
 from lorafuse.patches.decoder_layer import FusedDecoderLayer
+from lorafuse.patches.loss import FusedCausalLoss, recognise_causal_head, verify_causal_loss
 from lorafuse.patches.mlp import FusedMlp
 from lorafuse.patches.norms import FusedRmsNorm
 from lorafuse.patches.probe import LayerCall, record_layer_calls
