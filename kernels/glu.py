@@ -10,8 +10,9 @@ With s(z) = 1 / (1 + exp(-z)), phi the normal density and Phi(g) = (1 + erf(g / 
                z = sqrt(2/pi) * (g + 0.044715 g^3); the usual form is 0.5 * g * (1 + tanh z)
 
 gate, up, m: [T, I], rows may have any stride. Saved for backward: gate and up; act(g) is
-recomputed. All arithmetic is fp32 and each result is rounded once, at its store (stock modules
-round act(g), then the product).
+recomputed. All arithmetic is fp32; act(g) and dm * u are rounded to the storage dtype and then
+multiplied, as stock modules do, so that the forward pass gives their very bits: in 16 bit a missing
+rounding is a bias, which 30 layers of a real model add up to 0.02 in the loss.
 
 Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202
 """
@@ -44,7 +45,7 @@ _TANH_BOUND = 16.0
 
 def reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """The definition, for gate and up [..., I]."""
-    return (_activate(_wide(gate), activation) * _wide(up)).to(gate.dtype)
+    return _activate(_wide(gate), activation).to(gate.dtype) * up
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -113,6 +114,7 @@ def _glu_fwd_kernel(
     g = tl.load(gate_ptr + o_t * gate_row + o_i, mask, 0.0).to(tl.float32)
     u = tl.load(up_ptr + o_t * up_row + o_i, mask, 0.0).to(tl.float32)
     a, _ = _act(g, ACTIVATION)
+    a = a.to(gate_ptr.dtype.element_ty).to(tl.float32)
     tl.store(m_ptr + o_t * m_row + o_i, (a * u).to(m_ptr.dtype.element_ty), mask)
 
 
@@ -123,13 +125,15 @@ def _glu_bwd_kernel(
     WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, ACTIVATION: tl.constexpr,
     STORE_M: tl.constexpr,
 ):  # fmt: skip
-    """dgate = dm * up * act'(gate); dup = dm * act(gate); m = act(gate) * up."""
+    """dgate = (dm * up) * act'(gate); dup = dm * act(gate); m = act(gate) * up."""
     o_t, o_i, mask = _tile_offsets(T, columns, WIDTH, BLOCK_T, BLOCK_I)
     g = tl.load(gate_ptr + o_t * gate_row + o_i, mask, 0.0).to(tl.float32)
     u = tl.load(up_ptr + o_t * up_row + o_i, mask, 0.0).to(tl.float32)
     dm = tl.load(dm_ptr + o_t * dm_row + o_i, mask, 0.0).to(tl.float32)
     a, slope = _act(g, ACTIVATION)
-    dgate, dup = dm * u * slope, dm * a
+    a = a.to(gate_ptr.dtype.element_ty).to(tl.float32)
+    da = (dm * u).to(gate_ptr.dtype.element_ty).to(tl.float32)
+    dgate, dup = da * slope, dm * a
     tl.store(dgate_ptr + o_t * dgate_row + o_i, dgate.to(dgate_ptr.dtype.element_ty), mask)
     tl.store(dup_ptr + o_t * dup_row + o_i, dup.to(dup_ptr.dtype.element_ty), mask)
     if STORE_M:
@@ -177,7 +181,7 @@ def glu_fwd(
     if use_triton(gate):
         _launch(_glu_fwd_kernel, (gate, up, out), activation)
     else:
-        out.copy_(_activate(_wide(gate), activation) * _wide(up))
+        out.copy_(reference(gate, up, activation))
 
 
 def glu_bwd_(
@@ -208,7 +212,8 @@ def _glu_bwd(
         return
     wide_up, wide_dm = _wide(up), _wide(dm)
     a, slope = _activate_backward(_wide(gate), activation)
-    results = (wide_dm * wide_up * slope, wide_dm * a, a * wide_up)
+    a, da = (_wide(t.to(gate.dtype)) for t in (a, wide_dm * wide_up))
+    results = (da * slope, wide_dm * a, a * wide_up)
     for output, result in zip(outputs, results, strict=False):
         output.copy_(result)
 

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafuse.kernels.nf4 import Quantised4bit, dequantise
+from lorafuse.kernels.rms_norm import reference as rms_norm_reference
 from lorafuse.kernels.rms_norm import rms_norm_fwd
 from lorafuse.kernels.runtime import mm_fp32
 
@@ -75,11 +76,31 @@ class LoraProjection:
 
 @dataclass(frozen=True, eq=False)
 class NormPrologue:
-    """A frozen RMS norm computed in front of a group: X = h * rstd * (offset + weight)."""
+    """A frozen RMS norm computed in front of a group: X = h * rstd * (offset + weight).
+
+    Attributes:
+        weight: [K].
+        eps: added to the mean square.
+        offset: 1 for Gemma's norm, else 0.
+        round_normalised: h * rstd is rounded to h's dtype first, as Llama's norm does.
+    """
 
     weight: Tensor
     eps: float
     offset: float = 0.0
+    round_normalised: bool = False
+
+    def forward(self, h: Tensor, out: Tensor) -> Tensor:
+        """Writes X [T, K] into `out`; returns rstd [T] in fp32."""
+        return rms_norm_fwd(
+            h, self.weight, self.eps, self.offset, out, round_normalised=self.round_normalised
+        )
+
+    def reference(self, h: Tensor) -> Tensor:
+        """X in plain torch."""
+        return rms_norm_reference(
+            h, self.weight, self.eps, self.offset, round_normalised=self.round_normalised
+        )
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -268,7 +289,7 @@ def read_input(
     if norm is None:
         out.copy_(x)
         return out, wide, None
-    return out, wide, rms_norm_fwd(x, norm.weight, norm.eps, norm.offset, out)
+    return out, wide, norm.forward(x, out)
 
 
 def group_fwd(

@@ -44,8 +44,7 @@ from lorafuse.kernels.lora_linear import (
     without_tensors,
 )
 from lorafuse.kernels.lora_linear import reference as linear_reference
-from lorafuse.kernels.rms_norm import reference as rms_norm_reference
-from lorafuse.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd
+from lorafuse.kernels.rms_norm import rms_norm_bwd
 
 
 def reference(
@@ -57,7 +56,7 @@ def reference(
     residual: bool = False,
 ) -> Tensor:
     """The definition in plain torch. h [..., K]; gate_up is (gate, up), or one of 2I outputs."""
-    x = h if norm is None else rms_norm_reference(h, norm.weight, norm.eps, norm.offset)
+    x = h if norm is None else norm.reference(h)
     gate, up = torch.cat(linear_reference(x, gate_up), -1).chunk(2, -1)
     (y,) = linear_reference(glu_reference(gate, up, activation), [down])
     return h + y if residual else y
@@ -137,7 +136,7 @@ class LoraMlpFunction(torch.autograd.Function):
             x = flat.to(dtype)
             if norm is not None:
                 x = flat.new_empty(flat.shape, dtype=dtype)
-                rms_norm_fwd(flat, norm.weight, norm.eps, norm.offset, x)
+                norm.forward(flat, x)
             above = adapter_gradients(first, x, gA, dgu, G, needs[:split], rng_first)
             del x, gu, gate, up, dgu, dgu_wide, G
             if dh is not None and norm is not None:

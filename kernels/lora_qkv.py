@@ -36,8 +36,7 @@ from lorafuse.kernels.lora_linear import (
     without_tensors,
 )
 from lorafuse.kernels.lora_linear import reference as linear_reference
-from lorafuse.kernels.rms_norm import reference as rms_norm_reference
-from lorafuse.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd
+from lorafuse.kernels.rms_norm import rms_norm_bwd
 from lorafuse.kernels.rope import reference as rope_reference
 from lorafuse.kernels.rope import rope_copy, rope_qk_
 
@@ -66,11 +65,32 @@ class Heads:
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """cos and sin [1 or B, S, rotary size] as transformers passes them, and their pairing."""
+    """cos and sin [1 or B, S, rotary size] as transformers passes them, and how they are applied.
+
+    Attributes:
+        cos, sin: each angle twice.
+        interleaved: the pairs are neighbours, not halves.
+        round_products: as in `kernels.rope`.
+    """
 
     cos: Tensor
     sin: Tensor
     interleaved: bool = False
+    round_products: bool = False
+
+    def forward_(self, q: Tensor, k: Tensor) -> None:
+        """Turns q and k [B, S, H, D] in place."""
+        rope_qk_(q, k, self.cos, self.sin, self.interleaved, False, self.round_products)
+
+    def backward(self, dq: Tensor, dk: Tensor, to_q: Tensor, to_k: Tensor) -> None:
+        """Writes dq and dk, turned back, into to_q and to_k."""
+        rope_copy(
+            dq, dk, to_q, to_k, self.cos, self.sin, self.interleaved, True, self.round_products
+        )
+
+    def reference(self, x: Tensor) -> Tensor:
+        """x turned, in plain torch."""
+        return rope_reference(x, self.cos, self.sin, self.interleaved, self.round_products)
 
 
 def reference(
@@ -81,11 +101,11 @@ def reference(
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition in plain torch. h [B, S, K] -> q [B, S, Hq, D], k and v [B, S, Hk, D]."""
-    x = h if norm is None else rms_norm_reference(h, norm.weight, norm.eps, norm.offset)
+    x = h if norm is None else norm.reference(h)
     qkv = torch.cat(linear_reference(x, projections), -1)
     q, k, v = heads.split(qkv.flatten(0, 1), h.shape[:2])
     if rotary is not None:
-        q, k = (rope_reference(t, rotary.cos, rotary.sin, rotary.interleaved) for t in (q, k))
+        q, k = rotary.reference(q), rotary.reference(k)
     return q, k, v
 
 
@@ -112,7 +132,7 @@ class LoraQkvFunction(torch.autograd.Function):
             _, xA = group_fwd(group, x, wide, qkv)
             q, k, v = heads.split(qkv, h.shape[:2])
             if rotary is not None:
-                rope_qk_(q, k, rotary.cos, rotary.sin, rotary.interleaved, False)
+                rotary.forward_(q, k)
         ctx.save_for_backward(h, rstd, xA, *tensors)
         ctx.spec = projections, heads, norm, rotary, dtype, rng
         return q, k, v
@@ -138,14 +158,13 @@ class LoraQkvFunction(torch.autograd.Function):
                 to_q.copy_(dq)
                 to_k.copy_(dk)
             else:
-                cos, sin = rotary.cos, rotary.sin
-                rope_copy(dq, dk, to_q, to_k, cos, sin, rotary.interleaved, True)
+                rotary.backward(dq, dk, to_q, to_k)
             G = lora_gradient(group, dy, wide)
             dh = input_gradient(group, dy, wide, G, rng) if need_h else None
             x = flat.to(dtype)
             if norm is not None:
                 x = flat.new_empty(flat.shape, dtype=dtype)
-                rms_norm_fwd(flat, norm.weight, norm.eps, norm.offset, x)
+                norm.forward(flat, x)
             adapters = adapter_gradients(group, x, xA, dy, G, needs, rng)
             del x, dy, wide, G
             if dh is not None and norm is not None:

@@ -11,7 +11,9 @@ The right column is the transpose of the left, so it holds for any cos and sin, 
 of a rotation (YaRN scales them). cos and sin come in transformers' full width, each angle twice.
 
 q: [B, S, Nq, D], k: [B, S, Nk, D], cos, sin: [B or 1, S, R]. Saved for backward: cos, sin. The
-arithmetic is fp32 and each result is rounded once, at its store.
+arithmetic is fp32 and each result is rounded once, at its store. With `round_products`, each
+product is rounded first to the promoted dtype of its factors, as in stock code that does not
+upcast: the result then has that code's very bits.
 
 Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, https://arxiv.org/abs/2104.09864
 """
@@ -30,15 +32,27 @@ __all__ = ["reference", "rope", "rope_copy", "rope_qk_"]
 _TILE_PAIRS = 2048
 
 
-def reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+def reference(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    round_products: bool = False,
+) -> Tensor:
     """The definition, for x [B, S, N, D] and cos, sin [B or 1, S, R]."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _map(x, out, cos, sin, interleaved, backward=False)
+    _map(x, out, cos, sin, interleaved, backward=False, round_products=round_products)
     return out
 
 
 def _map(
-    x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backward: bool
+    x: Tensor,
+    out: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    backward: bool,
+    round_products: bool,
 ) -> None:
     """Write the left column of the formulas into `out`, or the right one; it may be `x` itself."""
     R = cos.shape[-1]
@@ -46,14 +60,19 @@ def _map(
     first, second = (
         (slice(0, R, 2), slice(1, R, 2)) if interleaved else (slice(0, R // 2), slice(R // 2, R))
     )
+    narrow = torch.promote_types(x.dtype, cos.dtype) if round_products else wide
     cos, sin = cos.to(wide).unsqueeze(2), sin.to(wide).unsqueeze(2)
     x1, x2 = x[..., first].to(wide), x[..., second].to(wide)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).to(narrow).to(wide)
+
     if backward:
-        y1 = x1 * cos[..., first] + x2 * sin[..., second]
-        y2 = x2 * cos[..., second] - x1 * sin[..., first]
+        y1 = product(x1, cos[..., first]) + product(x2, sin[..., second])
+        y2 = product(x2, cos[..., second]) - product(x1, sin[..., first])
     else:
-        y1 = x1 * cos[..., first] - x2 * sin[..., first]
-        y2 = x2 * cos[..., second] + x1 * sin[..., second]
+        y1 = product(x1, cos[..., first]) - product(x2, sin[..., first])
+        y2 = product(x2, cos[..., second]) + product(x1, sin[..., second])
     out[..., first].copy_(y1)
     out[..., second].copy_(y2)
     out[..., R:].copy_(x[..., R:])
@@ -81,18 +100,26 @@ def _rotate_heads(
     src, dst, cos1, cos2, sin1, sin2, src_n, src_d, dst_n, dst_d,
     N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, COPY: tl.constexpr,
+    ROUND: tl.constexpr,
 ):  # fmt: skip
     """The N heads of one token from `src` to `dst`, BLOCK_N at a time."""
     for n in tl.static_range(0, N, BLOCK_N):
         o_n = (n + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
         m_n = o_n < N
         x1, x2 = _load_pairs(src + o_n * src_n, src_d, m_n, R, BLOCK_P, INTERLEAVED)
+        a1, a2 = x1 * cos1, x2 * cos2
         if BACKWARD:
-            y1 = x1 * cos1 + x2 * sin2
-            y2 = x2 * cos2 - x1 * sin1
+            b1, b2 = x2 * sin2, x1 * sin1
         else:
-            y1 = x1 * cos1 - x2 * sin1
-            y2 = x2 * cos2 + x1 * sin2
+            b1, b2 = x2 * sin1, x1 * sin2
+        if ROUND:
+            narrow = src.dtype.element_ty
+            a1, b1 = a1.to(narrow).to(tl.float32), b1.to(narrow).to(tl.float32)
+            a2, b2 = a2.to(narrow).to(tl.float32), b2.to(narrow).to(tl.float32)
+        if BACKWARD:
+            y1, y2 = a1 + b1, a2 - b2
+        else:
+            y1, y2 = a1 - b1, a2 + b2
         y1, y2 = y1.to(dst.dtype.element_ty), y2.to(dst.dtype.element_ty)
         dst_rows = dst + o_n * dst_n
         if INTERLEAVED:
@@ -118,7 +145,7 @@ def _rope_kernel(
     cos_b, cos_s, sin_b, sin_s,
     NQ: tl.constexpr, NK: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_NQ: tl.constexpr, BLOCK_NK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, COPY: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, COPY: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """One token: its angles are loaded once and turn all of its heads."""
     b, s = (tl.program_id(0) // S).to(tl.int64), (tl.program_id(0) % S).to(tl.int64)
@@ -129,12 +156,12 @@ def _rope_kernel(
     _rotate_heads(
         src_q + (b * src_q_b + s * src_q_s), dst_q + (b * dst_q_b + s * dst_q_s),
         cos1, cos2, sin1, sin2, src_q_n, src_q_d, dst_q_n, dst_q_d,
-        NQ, D, R, BLOCK_NQ, BLOCK_P, BLOCK_REST, INTERLEAVED, BACKWARD, COPY,
+        NQ, D, R, BLOCK_NQ, BLOCK_P, BLOCK_REST, INTERLEAVED, BACKWARD, COPY, ROUND,
     )  # fmt: skip
     _rotate_heads(
         src_k + (b * src_k_b + s * src_k_s), dst_k + (b * dst_k_b + s * dst_k_s),
         cos1, cos2, sin1, sin2, src_k_n, src_k_d, dst_k_n, dst_k_d,
-        NK, D, R, BLOCK_NK, BLOCK_P, BLOCK_REST, INTERLEAVED, BACKWARD, COPY,
+        NK, D, R, BLOCK_NK, BLOCK_P, BLOCK_REST, INTERLEAVED, BACKWARD, COPY, ROUND,
     )  # fmt: skip
 
 
@@ -172,6 +199,7 @@ def rope_copy(
     sin: Tensor,  # [B or 1, S, R]
     interleaved: bool = False,
     backward: bool = False,
+    round_products: bool = False,
 ) -> None:
     """Write the rotated q and k into dst_q and dst_k; `backward` applies the transpose of the map.
 
@@ -180,8 +208,8 @@ def rope_copy(
     """
     _check(src_q, src_k, dst_q, dst_k, cos, sin)
     if not use_triton(src_q):
-        _map(src_q, dst_q, cos, sin, interleaved, backward)
-        _map(src_k, dst_k, cos, sin, interleaved, backward)
+        _map(src_q, dst_q, cos, sin, interleaved, backward, round_products)
+        _map(src_k, dst_k, cos, sin, interleaved, backward, round_products)
         return
     B, S, NQ, D = src_q.shape
     NK, R = src_k.shape[2], cos.shape[-1]
@@ -200,6 +228,7 @@ def rope_copy(
             sin.stride(0) if sin.shape[0] > 1 else 0, sin.stride(1),
             NQ=NQ, NK=NK, D=D, R=R, BLOCK_NQ=BLOCK_NQ, BLOCK_NK=BLOCK_NK, BLOCK_P=BLOCK_P,
             BLOCK_REST=next_power_of_2(D - R), INTERLEAVED=interleaved, BACKWARD=backward,
+            ROUND=round_products and torch.promote_types(src_q.dtype, cos.dtype) == src_q.dtype,
             COPY=(src_q.data_ptr(), src_k.data_ptr()) != (dst_q.data_ptr(), dst_k.data_ptr()),
             num_warps=min(4, max(1, BLOCK_NQ * BLOCK_P // 512)),
         )  # fmt: skip
@@ -212,9 +241,10 @@ def rope_qk_(
     sin: Tensor,  # [B or 1, S, R]
     interleaved: bool = False,
     backward: bool = False,
+    round_products: bool = False,
 ) -> None:
     """`rope_copy` in place: the elements past R are neither read nor written."""
-    rope_copy(q, k, q, k, cos, sin, interleaved, backward)
+    rope_copy(q, k, q, k, cos, sin, interleaved, backward, round_products)
 
 
 class RopeFunction(torch.autograd.Function):
@@ -222,13 +252,19 @@ class RopeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool,
+        round_products: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
+        ctx.variant = interleaved, round_products
         q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-        rope_copy(q, k, q_out, k_out, cos, sin, interleaved)
+        rope_copy(q, k, q_out, k_out, cos, sin, interleaved, False, round_products)
         return q_out, k_out
 
     @staticmethod
@@ -237,12 +273,18 @@ class RopeFunction(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         dq = torch.empty(dq_out.shape, dtype=dq_out.dtype, device=dq_out.device)
         dk = torch.empty(dk_out.shape, dtype=dk_out.dtype, device=dk_out.device)
-        rope_copy(dq_out, dk_out, dq, dk, cos, sin, ctx.interleaved, backward=True)
-        return dq, dk, None, None, None
+        interleaved, round_products = ctx.variant
+        rope_copy(dq_out, dk_out, dq, dk, cos, sin, interleaved, True, round_products)
+        return dq, dk, None, None, None, None
 
 
 def rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    round_products: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys, out of place; differentiable in q and k.
 
@@ -252,6 +294,7 @@ def rope(
         cos: [B or 1, S, R] with R even and at most D, each angle twice as transformers lays it out.
         sin: as cos.
         interleaved: pairs are (2i, 2i + 1) instead of (i, i + R/2).
+        round_products: round each product to the promoted dtype of its factors, then their sum.
 
     Returns:
         q and k rotated, contiguous.
@@ -261,5 +304,5 @@ def rope(
     """
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("cos and sin require a gradient, which rope does not compute; detach them")
-    q_out, k_out = RopeFunction.apply(q, k, cos, sin, interleaved)
+    q_out, k_out = RopeFunction.apply(q, k, cos, sin, interleaved, round_products)
     return q_out, k_out

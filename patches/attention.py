@@ -13,17 +13,17 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorafuse.kernels.lora_linear import LoraProjection, NormPrologue, lora_linear
 from lorafuse.kernels.lora_o import lora_o
 from lorafuse.kernels.lora_qkv import Heads, Rotary, lora_qkv
-from lorafuse.kernels.rms_norm import rms_norm
+from lorafuse.kernels.rope import reference as rope_reference
 from lorafuse.kernels.rope import rope
 from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.bind import FusedForward, Unsupported
-from lorafuse.patches.norms import prologue
+from lorafuse.patches.norms import apply_norm, prologue
 from lorafuse.patches.structure import Attention, Projections
 from lorafuse.patches.weights import WeightFormat
 
@@ -60,6 +60,7 @@ class AttentionReader:
         self.heads = Heads(attention.query_heads, attention.key_value_heads, attention.head_size)
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         self.interleaved = interleaved
+        self.round_products = rounds_rope_products(self.module, interleaved)
         self.backend = backend
         self.extras = _extra_arguments(self.module)
         attention_function(self.module)  # raises where there is none
@@ -86,15 +87,15 @@ class AttentionReader:
         projections, output = prepared
         cos, sin = position_embeddings
         if self.q_norm is None and self.k_norm is None:
-            rotary = Rotary(cos, sin, self.interleaved)
+            rotary = Rotary(cos, sin, self.interleaved, self.round_products)
             q, k, v = lora_qkv(h, projections, self.heads, norm, rotary)
         else:
             q, k, v = lora_qkv(h, projections, self.heads, norm)
             if self.q_norm is not None:
-                q = rms_norm(q, self.q_norm.weight, self.q_norm.eps, self.q_norm.offset)
+                q = apply_norm(self.q_norm, q)
             if self.k_norm is not None:
-                k = rms_norm(k, self.k_norm.weight, self.k_norm.eps, self.k_norm.offset)
-            q, k = rope(q, k, cos, sin, self.interleaved)
+                k = apply_norm(self.k_norm, k)
+            q, k = rope(q, k, cos, sin, self.interleaved, self.round_products)
         module = self.module
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
@@ -145,6 +146,34 @@ def attention_function(module: Any) -> Callable[..., tuple[Tensor, Tensor | None
     if own is None:
         raise Unsupported(f"its attention implementation {name!r} is not transformers' interface")
     return own  # type: ignore[no-any-return]
+
+
+def rounds_rope_products(module: nn.Module, interleaved: bool) -> bool:
+    """Whether the model's own `apply_rotary_pos_emb` rounds each product in 16 bit.
+
+    It is told by that function's bits on random bf16 heads; where there is none to ask, products
+    stay in fp32. Only the last bit of q and k hangs on it, not whether they are right.
+    """
+    own = getattr(sys.modules.get(type(module).__module__), "apply_rotary_pos_emb", None)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        q, k = torch.randn(2, 1, 2, 3, 16).bfloat16()
+        angles = torch.rand(1, 3, 8).repeat(1, 1, 2)
+        if interleaved:
+            angles = angles.view(1, 3, 2, 8).transpose(2, 3).reshape(1, 3, 16)
+        cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+        try:
+            stock = own(q, k, cos, sin)[0]  # type: ignore[misc]
+            distances = [
+                (
+                    rope_reference(q.transpose(1, 2), cos, sin, interleaved, rounded)
+                    - stock.transpose(1, 2)
+                ).abs()
+                for rounded in (False, True)
+            ]
+        except Exception:  # somebody else's function may raise anything
+            return False
+        return bool(distances[1].sum() < distances[0].sum())
 
 
 def _extra_arguments(module: Any) -> dict[str, Any]:

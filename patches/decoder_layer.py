@@ -13,13 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafuse.kernels.rms_norm import rms_norm
 from lorafuse.patches.attention import AttentionReader, take_cache
 from lorafuse.patches.bind import FusedForward, Unsupported
 from lorafuse.patches.hooks import has_live_hooks
 from lorafuse.patches.mlp import MlpReader
-from lorafuse.patches.norms import prologue
-from lorafuse.patches.structure import DecoderLayer, RmsNorm
+from lorafuse.patches.norms import apply_norm, prologue
+from lorafuse.patches.structure import DecoderLayer
 from lorafuse.patches.weights import WeightFormat
 
 
@@ -64,11 +63,7 @@ class FusedDecoderLayer(FusedForward):
         post_1, post_2 = layer.attention_post_norm, layer.mlp_post_norm
         residual = h if post_1 is None else None
         a, _ = self.attention(h, attention, norm_1, residual, positions, mask, cache, arguments)
-        h2 = a if post_1 is None else h + _norm(a, post_1)
+        h2 = a if post_1 is None else h + apply_norm(post_1, a)
         if post_2 is None:
             return self.mlp(h2, mlp, norm_2, True)
-        return h2 + _norm(self.mlp(h2, mlp, norm_2, False), post_2)
-
-
-def _norm(x: Tensor, norm: RmsNorm) -> Tensor:
-    return rms_norm(x, norm.weight, norm.eps, norm.offset)
+        return h2 + apply_norm(post_2, self.mlp(h2, mlp, norm_2, False))

@@ -21,6 +21,7 @@ class FusedRmsNorm(FusedForward):
     def __init__(self, norm: RmsNorm) -> None:
         super().__init__(norm.module)
         self.eps, self.offset = norm.eps, norm.offset
+        self.round_normalised = norm.round_normalised
         # Llama's norm multiplies by the weight after the cast back, Gemma's before: with an fp32
         # weight on a 16-bit input the first gives fp32 and the second 16 bit. The stock module is
         # asked once.
@@ -44,8 +45,14 @@ class FusedRmsNorm(FusedForward):
         if x.numel() == 0:
             return self.fall_back("its input is empty", x)
         self.calls += 1
-        y = rms_norm(x, weight, self.eps, self.offset)  # type: ignore[arg-type]
-        return y.to(self.output_dtype(x, weight))  # type: ignore[arg-type]
+        return rms_norm(
+            x,
+            weight,  # type: ignore[arg-type]
+            self.eps,
+            self.offset,
+            out_dtype=self.output_dtype(x, weight),  # type: ignore[arg-type]
+            round_normalised=self.round_normalised,
+        )
 
 
 def prologue(norm: RmsNorm) -> NormPrologue:
@@ -60,4 +67,9 @@ def prologue(norm: RmsNorm) -> NormPrologue:
     if has_live_hooks(norm.module):
         raise Unsupported("a hook on a norm has to run")
     check_plain(weight, "a norm's weight")
-    return NormPrologue(weight, norm.eps, norm.offset)
+    return NormPrologue(weight, norm.eps, norm.offset, norm.round_normalised)
+
+
+def apply_norm(norm: RmsNorm, x: Tensor) -> Tensor:
+    """The norm of `x` [..., K] by one kernel, in `x`'s dtype."""
+    return rms_norm(x, norm.weight, norm.eps, norm.offset, round_normalised=norm.round_normalised)

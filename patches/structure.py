@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lorafuse.kernels.rms_norm import reference as rms_norm
+
 NO_GATED_MLP = "no gated MLP (gate, up and down projections with an activation)"
 NO_ATTENTION = "no attention with q, k, v and o projections"
 NO_RMS_NORM = "no RMS norm (one weight and an epsilon)"
@@ -21,11 +23,15 @@ NO_RMS_NORM = "no RMS norm (one weight and an epsilon)"
 
 @dataclass(frozen=True, eq=False)
 class RmsNorm:
-    """One weight and an epsilon: y = x / rms(x) * (offset + weight)."""
+    """One weight and an epsilon: y = x / rms(x) * (offset + weight).
+
+    With `round_normalised`, x / rms(x) is rounded to x's dtype before the product.
+    """
 
     module: nn.Module
     eps: float
     offset: float
+    round_normalised: bool = False
 
     @property
     def weight(self) -> nn.Parameter:
@@ -165,15 +171,16 @@ def recognise_rms_norm(module: nn.Module) -> RmsNorm | None:
     )
     if eps is None or getattr(module, "bias", None) is not None:
         return None
-    offset = _norm_offset(module, parameters["weight"], eps)
-    return None if offset is None else RmsNorm(module, eps, offset)
+    variant = _norm_variant(module, parameters["weight"], eps)
+    return None if variant is None else RmsNorm(module, eps, *variant)
 
 
-def _norm_offset(module: nn.Module, weight: nn.Parameter, eps: float) -> float | None:
-    """0 or 1, whichever reproduces the module on a random row; None where neither does.
+def _norm_variant(module: nn.Module, weight: nn.Parameter, eps: float) -> tuple[float, bool] | None:
+    """(offset 0 or 1, round_normalised) that reproduce the module; None where nothing does.
 
-    It is tried on a stand-in of the same class with eight random weights on the CPU, so that it
-    costs nothing on a GPU and works for a model on the meta device.
+    The offset is told by its fp32 output on three random rows, the rounding by its bf16 output. It
+    is tried on a stand-in of the same class with random weights on the CPU, so that it costs
+    nothing on a GPU and works for a model on the meta device.
     """
     stand_in = type(module).__new__(type(module))
     stand_in.__dict__.update(module.__dict__)
@@ -191,8 +198,20 @@ def _norm_offset(module: nn.Module, weight: nn.Parameter, eps: float) -> float |
         normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
         for offset in (0.0, 1.0):
             if torch.allclose(y.float(), normed * (w + offset), rtol=1e-4, atol=1e-5):
-                return offset
-    return None
+                break
+        else:
+            return None
+        low_w, low_x = w.bfloat16(), x.bfloat16()
+        stand_in._parameters = {"weight": nn.Parameter(low_w, requires_grad=False)}
+        try:
+            low_y = type(module).forward(stand_in, low_x)
+        except Exception:  # as above; a norm that only takes fp32 rounds nothing
+            return offset, False
+        distances = [
+            (low_y - rms_norm(low_x, low_w, eps, offset, round_normalised=rounded)).abs().sum()
+            for rounded in (False, True)
+        ]
+        return offset, bool(distances[1] < distances[0])
 
 
 def recognise_gated_mlp(module: nn.Module) -> GatedMlp | None:
