@@ -81,9 +81,9 @@ class Oracle:
             return
         our_error = (ours.double() - exact).abs().max().item()
         stock_error = (stock.double() - exact).abs().max().item()
-        # In fp32 no coarse store hides the rest: exp and division are good to about two units in the
-        # last place, and a chain of GEMMs rounds a few times more in one order of additions than in
-        # another. Triton's interpreter truncates where a GPU rounds fp32 to bf16.
+        # In fp32 no coarse store hides the rest: exp and division are good to about two units in
+        # the last place, and a chain of GEMMs rounds a few times more in one order of additions
+        # than in another. Triton's interpreter truncates where a GPU rounds fp32 to bf16.
         truncates = ours.dtype == torch.bfloat16 and runtime.interpreting()
         roundings = 6.0 if ours.dtype == torch.float32 else 4.0 if truncates else 2.0
         eps = roundings * torch.finfo(ours.dtype).eps / 2 * exact.abs().max().item()
