@@ -122,10 +122,20 @@ def fold_alignment(device: torch.device) -> int:
 
 
 def folding_pays(
-    rows: int, inner: int, outer: int, *, copies_input: bool, copies_weight: bool
+    rows: int,
+    inner: int,
+    outer: int,
+    *,
+    copies_input: bool,
+    copies_weight: bool,
+    residual: bool = False,
 ) -> bool:
-    """Whether folding moves fewer bytes than another read and write of the [rows, outer] output."""
-    return copies_input * rows * inner + copies_weight * inner * outer < rows * outer
+    """Whether folding moves fewer bytes than reading and writing the [rows, outer] output again.
+
+    Unfolded, LoRA is added in such a pass, and a residual in one more.
+    """
+    passes = 1 + residual
+    return copies_input * rows * inner + copies_weight * inner * outer < passes * rows * outer
 
 
 class Group:
@@ -168,13 +178,14 @@ class Group:
             isinstance(p.weight, Tensor) and p.weight.dtype == self.dtype for p in self.projections
         )
 
-    def folds_forward(self, rows: int, *, copies_input: bool) -> bool:
+    def folds_forward(self, rows: int, *, copies_input: bool, residual: bool = False) -> bool:
         return self.fold_forward > 0 and folding_pays(
             rows,
             self.in_features,
             self.out_features,
             copies_input=copies_input,
             copies_weight=self.copies_weight,
+            residual=residual,
         )
 
     def folds_backward(self, rows: int, *, copies_input: bool) -> bool:
@@ -270,6 +281,7 @@ def read_input(
     x: Tensor,  # (T, K)
     group: Group,
     norm: NormPrologue | None,
+    residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """X in the compute dtype, in the left columns of a wide buffer where folding pays.
 
@@ -279,7 +291,7 @@ def read_input(
     T, K = x.shape
     copies = norm is None and x.dtype == group.dtype
     wide: Tensor | None = None
-    if group.folds_forward(T, copies_input=copies):
+    if group.folds_forward(T, copies_input=copies, residual=residual):
         wide = x.new_empty((T, K + group.fold_forward), dtype=group.dtype)
         out = wide[:, :K]
     elif norm is None:
@@ -328,9 +340,12 @@ def group_fwd(
         group.write_sB(W[:, K:], bias=True)
         _mm(wide, W.t(), out, residual)
     else:
-        _plain_forward(group, x, out, residual)
+        _plain_forward(group, x, out, None)
         sB = group.write_sB(x.new_empty((group.out_features, group.fold_forward)), bias=True)
         out.addmm_(saved, sB.t())
+        if residual is not None:
+            # Last: LoRA's small terms would be lost in the rounding of a sum that is already large.
+            out.add_(residual)
     return out, saved
 
 
@@ -502,7 +517,7 @@ class LoraLinearFunction(torch.autograd.Function):
             group = Group(with_tensors(projections, tensors), dtype)
             flat = x.reshape(-1, x.shape[-1])
             rng = RngState.capture(x.device) if group.has_dropout else None
-            source, wide, _ = read_input(flat, group, None)
+            source, wide, _ = read_input(flat, group, None, residual is not None)
             y = source.new_empty((flat.shape[0], group.out_features))
             flat_residual = None if residual is None else residual.reshape(-1, group.out_features)
             folded = flat_residual if residual is not None and residual.dtype == dtype else None

@@ -87,7 +87,7 @@ class LoraMlpFunction(torch.autograd.Function):
             gu, gA = _gate_up(first, x, x_wide)
             del x, x_wide
             rng_second = RngState.capture(h.device) if second.has_dropout else None
-            m, m_wide = _activate(gu, first, second, activation)
+            m, m_wide = _activate(gu, first, second, activation, residual)
             same = flat.dtype == dtype
             y = flat.new_empty(flat.shape[0], second.out_features, dtype=dtype)
             _, mA = group_fwd(second, m, m_wide, y, flat if residual and same else None)
@@ -169,12 +169,12 @@ def _recompute_gate_up(
 
 
 def _activate(
-    gu: Tensor, first: Group, second: Group, activation: str
+    gu: Tensor, first: Group, second: Group, activation: str, residual: bool
 ) -> tuple[Tensor, Tensor | None]:
     """M in the compute dtype, in the left columns of a wide buffer where folding pays."""
     T, inner = gu.shape[0], second.in_features
     wide = None
-    if second.folds_forward(T, copies_input=False):
+    if second.folds_forward(T, copies_input=False, residual=residual):
         wide = gu.new_empty((T, inner + second.fold_forward))
         m = wide[:, :inner]
     else:

@@ -25,7 +25,11 @@ BOUND = 1e-3
 
 
 def train(
-    args: argparse.Namespace, nf4: bool, fused: bool, attention: str = "sdpa"
+    args: argparse.Namespace,
+    nf4: bool,
+    fused: bool,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[dict[str, float]]:
     """The logged steps of one run."""
     torch.manual_seed(0)
@@ -34,11 +38,11 @@ def train(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
     model = AutoModelForCausalLM.from_pretrained(
         args.model,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         quantization_config=quantisation if nf4 else None,
         device_map={"": 0} if on_gpu else None,
         attn_implementation=attention,
@@ -54,7 +58,7 @@ def train(
         logging_steps=1,
         save_strategy="no",
         report_to=[],
-        bf16=True,
+        bf16=dtype == torch.bfloat16,
         use_cpu=not on_gpu,
         gradient_checkpointing=False,
         seed=1,
@@ -115,6 +119,8 @@ def main() -> None:
         print(f"{name}, {weights}, {len(stock)} steps from loss {stock[0]['loss']:.4f}: drift of")
         print("  stock, eager attention: ", end="")
         distance(train(args, nf4, fused=False, attention="eager"), stock)
+        print("  stock, fp32:            ", end="")
+        distance(train(args, nf4, fused=False, dtype=torch.float32), stock)
         fused = train(args, nf4, fused=True)
         print("  fused:                  ", end="")
         drift, error = distance(fused, stock)
