@@ -3,7 +3,7 @@ r"""A gated MLP with LoRA on any projection, and optionally its RMS norm and res
     X = norm(h)  or h                  [T, K]
     [gate | up] = X W_gu^T + LoRA      [T, 2I]     one GEMM
     M = act(gate) * up                 [T, I]      one kernel
-    Y = M W_d^T + LoRA (+ residual)    [T, K]      the residual is the GEMM's C operand
+    Y = M W_d^T + LoRA (+ residual)    [T, K]      the residual is added to the rounded Y
 
 Saved: h, rstd, gate/up [T, 2I], the r-wide XA and MA. X and M are recomputed in backward from what
 is kept. Backward, from dY [T, K]:
@@ -87,7 +87,7 @@ class LoraMlpFunction(torch.autograd.Function):
             gu, gA = _gate_up(first, x, x_wide)
             del x, x_wide
             rng_second = RngState.capture(h.device) if second.has_dropout else None
-            m, m_wide = _activate(gu, first, second, activation, residual)
+            m, m_wide = _activate(gu, first, second, activation)
             same = flat.dtype == dtype
             y = flat.new_empty(flat.shape[0], second.out_features, dtype=dtype)
             _, mA = group_fwd(second, m, m_wide, y, flat if residual and same else None)
@@ -169,12 +169,12 @@ def _recompute_gate_up(
 
 
 def _activate(
-    gu: Tensor, first: Group, second: Group, activation: str, residual: bool
+    gu: Tensor, first: Group, second: Group, activation: str
 ) -> tuple[Tensor, Tensor | None]:
     """M in the compute dtype, in the left columns of a wide buffer where folding pays."""
     T, inner = gu.shape[0], second.in_features
     wide = None
-    if second.folds_forward(T, copies_input=False, residual=residual):
+    if second.folds_forward(T, copies_input=False):
         wide = gu.new_empty((T, inner + second.fold_forward))
         m = wide[:, :inner]
     else:

@@ -1,6 +1,6 @@
 r"""The attention output projection with LoRA and the residual behind it.
 
-    h2 = residual + O W_o^T + LoRA        the residual is the GEMM's C operand (`addmm`, beta = 1)
+    h2 = residual + O W_o^T + LoRA        the residual is added to the rounded output, as stock does
 
     O [.., K] attention output, residual and h2 [.., N]
 
