@@ -10,6 +10,7 @@ in plain PEFT.
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -28,8 +29,11 @@ PROMPT = "What is AI?"
 # In fp32 the two runs differ only by the order of additions.
 LOSS_BOUND_FP32 = 1e-4
 GRAD_NORM_BOUND_FP32 = 1e-3
-# In bf16 single steps scatter by rounding, in both directions; their mean must not drift.
+# In bf16 single steps scatter by rounding, in both directions. Their mean must not drift: it is
+# held to this, or to three of its own standard errors where a short run scatters more than that,
+# and to the second bound in any case.
 MEAN_LOSS_BOUND_BF16 = 1e-3
+WORST_MEAN_LOSS_BF16 = 2e-2
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 
@@ -132,9 +136,9 @@ def compare(stock: Run, fused: Run) -> list[str]:
         f"mean loss drift {drift:.1e}; {stock.seconds:.0f} s stock, {fused.seconds:.0f} s fused"
     )
     if torch.cuda.is_available():
-        return [f"mean loss drift {drift:.1e} is above {MEAN_LOSS_BOUND_BF16}"] * (
-            drift > MEAN_LOSS_BOUND_BF16
-        )
+        spread = statistics.stdev(differences) / len(differences) ** 0.5
+        bound = min(WORST_MEAN_LOSS_BF16, max(MEAN_LOSS_BOUND_BF16, 3 * spread))
+        return [f"mean loss drift {drift:.1e} is above {bound:.1e}"] * (drift > bound)
     console.print(
         "(no GPU here: the fused path runs its torch reference, which shows that it is right, "
         "not how fast it is)"

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorafuse.kernels.nf4 import Quantised4bit, dequantise
 from lorafuse.kernels.rms_norm import reference as rms_norm_reference
@@ -101,6 +102,15 @@ class NormPrologue:
         return rms_norm_reference(
             h, self.weight, self.eps, self.offset, round_normalised=self.round_normalised
         )
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., K] as [T, K] whose rows are contiguous, as the kernels read them.
+
+    Copied only where it has to be: the gradient of a plain sum has strides of 0.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -501,11 +511,11 @@ class LoraLinearFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         with without_autocast(x):
             group = Group(with_tensors(projections, tensors), dtype)
-            flat = x.reshape(-1, x.shape[-1])
+            flat = as_rows(x)
             rng = RngState.capture(x.device) if group.has_dropout else None
             source, wide, _ = read_input(flat, group, None)
             y = source.new_empty((flat.shape[0], group.out_features))
-            flat_residual = None if residual is None else residual.reshape(-1, group.out_features)
+            flat_residual = None if residual is None else as_rows(residual)
             folded = flat_residual if residual is not None and residual.dtype == dtype else None
             _, xA = group_fwd(group, source, wide, y, folded)
             if flat_residual is not None and folded is None:
@@ -515,14 +525,14 @@ class LoraLinearFunction(torch.autograd.Function):
         return tuple(y[:, rows].view(*x.shape[:-1], -1) for rows in group.rows)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, xA, *tensors = ctx.saved_tensors
         with without_autocast(x):
             group = Group(with_tensors(ctx.projections, tensors), ctx.dtype)
-            flat = x.reshape(-1, x.shape[-1])
-            T = flat.shape[0]
+            flat = as_rows(x)
             need_dx = ctx.needs_input_grad[0]
-            parts = [dy.reshape(T, -1) for dy in dys]
+            parts = [as_rows(dy) for dy in dys]
             dy, dy_wide = gather_gradients(group, parts, need_dx=need_dx)
             G = lora_gradient(group, dy, dy_wide)
             needs = ctx.needs_input_grad[4:]

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorafuse.kernels.glu import glu_bwd_, glu_fwd
 from lorafuse.kernels.glu import reference as glu_reference
@@ -31,6 +32,7 @@ from lorafuse.kernels.lora_linear import (
     NormPrologue,
     RngState,
     adapter_gradients,
+    as_rows,
     check_projections,
     compute_dtype,
     flat_tensors,
@@ -78,7 +80,7 @@ class LoraMlpFunction(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         with without_autocast(h):
-            flat = h.reshape(-1, h.shape[-1])
+            flat = as_rows(h)
             split = 3 * len(gate_up)
             first = Group(with_tensors(gate_up, tensors[:split]), dtype)
             second = Group(with_tensors((down,), tensors[split:]), dtype)
@@ -100,6 +102,7 @@ class LoraMlpFunction(torch.autograd.Function):
         return y.view(*h.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h, rstd, gu, gA, mA, *tensors = ctx.saved_tensors
         gate_up, down, activation, norm, residual, dtype = ctx.spec
@@ -107,7 +110,7 @@ class LoraMlpFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[7:]
         need_h = ctx.needs_input_grad[0]
         with without_autocast(h):
-            flat = h.reshape(-1, h.shape[-1])
+            flat = as_rows(h)
             split = 3 * len(gate_up)
             first = Group(with_tensors(gate_up, tensors[:split]), dtype)
             second = Group(with_tensors((down,), tensors[split:]), dtype)
@@ -119,7 +122,7 @@ class LoraMlpFunction(torch.autograd.Function):
             gate, up = gu[:, : width // 2], gu[:, width // 2 : width]
             need_first = need_h or any(needs[:split])
 
-            dflat = dy.reshape(flat.shape[0], -1)
+            dflat = as_rows(dy)
             below = _down_backward(
                 second, gate, up, activation, dflat, mA, needs[split:], need_first, rng_second
             )

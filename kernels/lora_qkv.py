@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorafuse.kernels.lora_linear import (
     Group,
@@ -24,6 +25,7 @@ from lorafuse.kernels.lora_linear import (
     NormPrologue,
     RngState,
     adapter_gradients,
+    as_rows,
     check_projections,
     compute_dtype,
     flat_tensors,
@@ -125,7 +127,7 @@ class LoraQkvFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         with without_autocast(h):
             group = Group(with_tensors(projections, tensors), dtype)
-            flat = h.reshape(-1, h.shape[-1])
+            flat = as_rows(h)
             rng = RngState.capture(h.device) if group.has_dropout else None
             x, wide, rstd = read_input(flat, group, norm)
             qkv = x.new_empty((flat.shape[0], group.out_features))
@@ -138,13 +140,14 @@ class LoraQkvFunction(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         h, rstd, xA, *tensors = ctx.saved_tensors
         projections, heads, norm, rotary, dtype, rng = ctx.spec
         needs, need_h = ctx.needs_input_grad[6:], ctx.needs_input_grad[0]
         with without_autocast(h):
             group = Group(with_tensors(projections, tensors), dtype)
-            flat = h.reshape(-1, h.shape[-1])
+            flat = as_rows(h)
             T, N = flat.shape[0], group.out_features
             wide = None
             if need_h and group.folds_backward(T, copies_input=False):

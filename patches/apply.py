@@ -323,12 +323,17 @@ class _Applier:
         for operation in ("lora_qkv", "lora_o"):
             part = _Part(self, projections, operation)
             self.part(f, part.build, part.call, operation, part.hidden_size)
-        if self.asks("rope") and not self.asks("lora_qkv", "lora_o"):
-            self.record(
-                "rope",
-                projections.module,
-                "RoPE is fused only together with fused_lora_qkv and fused_lora_o",
+        name = self.names.get(id(projections.module), "")
+        if any(r.operation == "rope" and r.module == name for r in self.result.records):
+            return
+        if self.asks("lora_qkv", "lora_o"):
+            reason = (
+                "attention is not fused as a block, only its projections: it is not q/k/v, norms "
+                "on each head, RoPE, attention and o in this order"
             )
+        else:
+            reason = "RoPE is fused only together with fused_lora_qkv and fused_lora_o"
+        self.record("rope", projections.module, reason)
 
     def mlp(self, f: _Found) -> None:
         mlp = f.description

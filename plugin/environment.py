@@ -9,7 +9,8 @@ PACKAGES = ("lorafuse", "torch", "triton", "transformers", "peft", "trl", "axolo
 
 def versions() -> dict[str, str | None]:
     """The installed version of each package that matters here; None where it is not installed."""
-    return {name: _version(name) for name in PACKAGES}
+    found = {name: _version(name) for name in PACKAGES}
+    return found | {"lorafuse": found["lorafuse"] or "(from source, not installed)"}
 
 
 def gpu_name() -> str | None:

@@ -241,3 +241,23 @@ def test_shapes_that_do_not_fit_are_named(randn, make) -> None:
         lora_linear(randn(3, 16), [LoraProjection(p.weight, None, p.A, None)])
     with pytest.raises(ValueError, match="a residual goes with one projection"):
         lora_linear(randn(3, 16), [p, p], randn(3, 16))
+
+
+@pytest.mark.parametrize("tokens", [3, 96])
+def test_gradients_of_any_strides(randn, make, tokens) -> None:
+    group = [make(48, 16, 4, torch.float32)]
+    x = randn(2, tokens, 16).requires_grad_()
+    dense = torch.ones(2, tokens, 48, device=x.device)
+    transposed = randn(48, tokens, 2).to(x.device).permute(2, 1, 0)
+    for dy, same in ((dense[:1, :1, :1].expand_as(dense), dense), (transposed, transposed.clone())):
+        (got,) = torch.autograd.grad(lora_linear(x, group)[0], x, dy)
+        (want,) = torch.autograd.grad(reference(x, group)[0], x, same)
+        torch.testing.assert_close(got, want)
+
+
+def test_a_gradient_of_a_gradient_is_refused(randn, make) -> None:
+    x = randn(4, 16).requires_grad_()
+    loss = lora_linear(x, [make(8, 16, 2, torch.float32)])[0].square().sum()
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from lorafuse.kernels import runtime
 from lorafuse.kernels.glu import glu
+from lorafuse.kernels.lora_linear import Group, LoraProjection, lora_linear
 from lorafuse.kernels.rms_norm import rms_norm
 from lorafuse.kernels.rope import rope
 
@@ -89,3 +90,44 @@ def test_rope_gradients(randn, device, narrow):
     want = torch.autograd.grad(apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2), (q, k), dy)
     for mine, theirs in zip(got, want, strict=True):
         same(mine, theirs)
+
+
+# Tokens, K, N: the first folds LoRA into the GEMM's K dimension, the second does not.
+FOLDED, APART = (256, 64, 512), (64, 512, 64)
+
+
+def parts(randn, shape, dtype, lora_std):
+    """x, residual, and a projection whose LoRA term has this standard deviation, its base 16."""
+    T, K, N = shape
+    x, residual = randn(T, K, dtype=dtype), 16 * randn(T, N, dtype=dtype)
+    A, B = randn(4, K, dtype=dtype) / K**0.5, lora_std / 2 * randn(N, 4, dtype=dtype)
+    projection = LoraProjection((16 / K**0.5 * randn(N, K)).to(dtype), None, A.to(dtype), B)
+    folds = Group([projection], dtype).folds_forward(T, copies_input=True)
+    assert folds == (shape == FOLDED)
+    return x, residual, projection
+
+
+@pytest.mark.parametrize("shape", [FOLDED, APART], ids=["folded", "apart"])
+def test_the_residual_meets_an_output_that_is_rounded_already(randn, narrow, shape):
+    x, residual, p = parts(randn, shape, narrow, 0.0)
+    (got,) = lora_linear(x, [p], residual)
+    # Another order of additions inside the GEMM flips a last bit here and there.
+    same(got, residual + F.linear(x, p.weight), 0.02)
+    # As the GEMM's C operand it would not be rounded on the way: a bias that stock does not have.
+    at_once = (residual.double() + F.linear(x.double(), p.weight.double())).to(narrow)
+    assert (at_once != residual + F.linear(x, p.weight)).double().mean() > 0.04
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("shape", [FOLDED, APART], ids=["folded", "apart"])
+def test_small_lora_terms_are_not_lost_more_than_in_stock(randn, narrow, shape, with_residual):
+    x, residual, p = parts(randn, shape, narrow, 0.02)
+    (got,) = lora_linear(x, [p], residual if with_residual else None)
+    base = F.linear(x, p.weight)
+    stock = base + F.linear(F.linear(x, p.A), p.B) * p.scale
+    exact = F.linear(x.double(), p.weight.double())
+    lora = F.linear(F.linear(x.double(), p.A.double()), p.B.double())
+    if with_residual:
+        stock, exact = residual + stock, residual.double() + exact
+    errors = [(y.double() - exact - lora).abs().mean().item() for y in (got, stock)]
+    assert errors[0] <= 1.02 * errors[1], errors
