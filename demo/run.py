@@ -136,7 +136,7 @@ def compare(stock: Run, fused: Run) -> list[str]:
         f"mean loss drift {drift:.1e}; {stock.seconds:.0f} s stock, {fused.seconds:.0f} s fused"
     )
     if torch.cuda.is_available():
-        spread = statistics.stdev(differences) / len(differences) ** 0.5
+        spread = statistics.stdev(losses) / len(losses) ** 0.5
         bound = min(WORST_MEAN_LOSS_BF16, max(MEAN_LOSS_BOUND_BF16, 3 * spread))
         return [f"mean loss drift {drift:.1e} is above {bound:.1e}"] * (drift > bound)
     console.print(

@@ -42,7 +42,7 @@ def test_glu(randn, narrow, activation):
         a = F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
     # exp, erf and tanh differ in the last bits of fp32 from one library to another, and GELU's far
     # tail cancels all but those; without the rounding of act(g), a quarter would differ.
-    same(glu(gate, up, activation), a * up, 2e-3 if activation == "silu" else 0.06)
+    same(glu(gate, up, activation), a * up, 2e-3 if activation == "silu" else 0.1)
 
 
 def test_glu_gradients(randn, narrow):
