@@ -123,30 +123,32 @@ def _torch_few_rows_(
 ) -> None:
     t = options.transform(z if z.dtype == torch.float64 else z.float())
     lse = torch.logsumexp(t, dim=-1, keepdim=True)
-    t_label = t.gather(1, labels[:, None])
+    labelled = (labels != options.ignore_index)[:, None]
+    word = labels[:, None].where(labelled, 0)
+    t_label = t.gather(1, word)
     e, w = options.label_smoothing, options.z_loss
     row_loss = lse - (1.0 - e) * t_label
     if e:
         row_loss -= e * t.mean(-1, keepdim=True)
     if w:
         row_loss += w * lse.square()
-    loss.copy_(row_loss[:, 0])
+    loss.copy_(row_loss.where(labelled, 0)[:, 0])
     prediction.copy_(t.argmax(-1))
     p = torch.exp(t - lse)
-    entropy.copy_(torch.special.entr(p).sum(-1))
+    entropy.copy_(torch.special.entr(p).sum(-1).where(labelled[:, 0], 0))
     if not gradient:
         return
     # dloss/dt = p (1 + 2 w lse) - (1 - e) d_vy - e / V
     g = p.mul_(1.0 + 2.0 * w * lse) if w else p
     if e:
         g -= e / t.shape[1]
-    g.scatter_add_(1, labels[:, None], torch.full_like(t_label, e - 1.0))
+    g.scatter_add_(1, word, torch.full_like(t_label, e - 1.0))
     # dt/dz = s (1 - (t / c)^2)
     if options.logit_softcap is not None:
         g.mul_(1.0 - (t / options.logit_softcap).square_())
     if options.logit_scale != 1.0:
         g.mul_(options.logit_scale)
-    z.copy_(g)
+    z.copy_(g.where(labelled, 0))
 
 
 @triton.jit
@@ -167,6 +169,7 @@ def _cross_entropy_rows_kernel(
     prediction_ptr,  # (M,) int64
     stride_z,
     V,
+    ignore_index,
     scale,
     cap,
     smoothing,
@@ -219,8 +222,10 @@ def _cross_entropy_rows_kernel(
     loss = lse - (1.0 - smoothing) * t_label + z_loss * lse * lse
     if HAS_SMOOTHING:
         loss -= smoothing * tl.sum(b_total, axis=0) / V
-    tl.store(loss_ptr + row, loss)
-    tl.store(entropy_ptr + row, lse - tl.sum(b_weighted, axis=0) / total)
+    labelled = label != ignore_index
+    tl.store(loss_ptr + row, tl.where(labelled, loss, 0.0))
+    entropy = lse - tl.sum(b_weighted, axis=0) / total
+    tl.store(entropy_ptr + row, tl.where(labelled, entropy, 0.0))
     tl.store(prediction_ptr + row, prediction.to(tl.int64))
 
     if GRADIENT:
@@ -238,7 +243,8 @@ def _cross_entropy_rows_kernel(
             if HAS_CAP:
                 b_u = b_t / cap
                 b_g *= 1.0 - b_u * b_u
-            tl.store(z_row + o, (b_g * scale).to(z_ptr.dtype.element_ty), mask=m_v)
+            b_g = tl.where(labelled, b_g * scale, 0.0)
+            tl.store(z_row + o, b_g.to(z_ptr.dtype.element_ty), mask=m_v)
 
 
 def _triton_rows_(
@@ -261,6 +267,7 @@ def _triton_rows_(
             prediction,
             z.stride(0),
             V,
+            options.ignore_index,
             options.logit_scale,
             1.0 if options.logit_softcap is None else options.logit_softcap,
             options.label_smoothing,
@@ -276,7 +283,7 @@ def _triton_rows_(
 
 def cross_entropy_rows_(
     z: Tensor,  # (M, V), last stride 1, any row stride
-    labels: Tensor,  # (M,) int64 in [0, V)
+    labels: Tensor,  # (M,) int64 in [0, V), or options.ignore_index
     options: CrossEntropyOptions,
     loss: Tensor,  # (M,) fp32 (fp64 for fp64 logits), written
     entropy: Tensor,  # (M,) likewise
@@ -284,6 +291,8 @@ def cross_entropy_rows_(
     gradient: bool,
 ) -> None:
     """Writes each row's loss, entropy and prediction and, with `gradient`, dloss/dz over z.
+
+    A row whose label is ignored has a loss, an entropy and a gradient of 0.
 
     Raises:
         IndexError: (CPU) A label lies outside [0, V). The Triton kernel gives such a row a NaN

@@ -4,6 +4,9 @@ r"""Query, key and value projections with LoRA, and optionally their RMS norm an
     [q | k | v] = X W_qkv^T + LoRA         [T, N], N = (Hq + 2 Hk) D      one GEMM
     q, k = rope(q), rope(k)                in place in that buffer
 
+With `pass_through`, h is an output too: what goes around the block (the residual) is taken from it,
+and the gradient that comes back that way is added where dh is written, not in a pass of its own.
+
 Saved: h, rstd, the r-wide XA, cos and sin. X is recomputed in backward. Backward gathers dq, dk and
 dv from whatever layout attention left them in, turns dq and dk back and writes all three into the
 left columns of [dY, G] in one pass; then dX = [dY, G] [W; A] as in `lora_linear`.
@@ -123,8 +126,9 @@ class LoraQkvFunction(torch.autograd.Function):
         norm: NormPrologue | None,
         rotary: Rotary | None,
         dtype: torch.dtype,
+        pass_through: bool,
         *tensors: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         with without_autocast(h):
             group = Group(with_tensors(projections, tensors), dtype)
             flat = as_rows(h)
@@ -137,14 +141,16 @@ class LoraQkvFunction(torch.autograd.Function):
                 rotary.forward_(q, k)
         ctx.save_for_backward(h, rstd, xA, *tensors)
         ctx.spec = projections, heads, norm, rotary, dtype, rng
-        return q, k, v
+        return (q, k, v, h) if pass_through else (q, k, v)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, around: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         h, rstd, xA, *tensors = ctx.saved_tensors
         projections, heads, norm, rotary, dtype, rng = ctx.spec
-        needs, need_h = ctx.needs_input_grad[6:], ctx.needs_input_grad[0]
+        needs, need_h = ctx.needs_input_grad[7:], ctx.needs_input_grad[0]
         with without_autocast(h):
             group = Group(with_tensors(projections, tensors), dtype)
             flat = as_rows(h)
@@ -170,12 +176,15 @@ class LoraQkvFunction(torch.autograd.Function):
                 norm.forward(flat, x)
             adapters = adapter_gradients(group, x, xA, dy, G, needs, rng)
             del x, dy, wide, G
+            flat_around = None if around is None else as_rows(around)
             if dh is not None and norm is not None:
                 dh, _ = rms_norm_bwd(
-                    dh, flat, norm.weight, rstd, norm.offset, None, need_dweight=False
+                    dh, flat, norm.weight, rstd, norm.offset, flat_around, need_dweight=False
                 )
+            elif dh is not None and flat_around is not None:
+                dh = dh + flat_around
         dh = None if dh is None else dh.to(h.dtype).view(h.shape)
-        return dh, None, None, None, None, None, *adapters
+        return dh, None, None, None, None, None, None, *adapters
 
 
 def lora_qkv(
@@ -184,7 +193,8 @@ def lora_qkv(
     heads: Heads,
     norm: NormPrologue | None = None,
     rotary: Rotary | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    pass_through: bool = False,
+) -> tuple[Tensor, ...]:
     """q, k and v of X = norm(h) or h, with LoRA on any of the projections, turned by RoPE.
 
     Under autocast the GEMMs run in autocast's dtype, else in `h`'s. Gradients flow to `h` and to
@@ -197,9 +207,11 @@ def lora_qkv(
         heads: head counts and size.
         norm: frozen RMS norm in front, or None.
         rotary: applied to q and k, or None.
+        pass_through: return h as well, for what goes around the block.
 
     Returns:
-        q [B, S, Hq, D], k and v [B, S, Hk, D]: views of one buffer, in the compute dtype.
+        q [B, S, Hq, D], k and v [B, S, Hk, D]: views of one buffer, in the compute dtype. With
+        `pass_through`, h as the fourth.
 
     Raises:
         ValueError: shapes do not fit together.
@@ -211,13 +223,14 @@ def lora_qkv(
             f"got an input of shape {tuple(h.shape)} and projections of {features} features; "
             f"expected [B, S, K] and {heads.features} features for {heads}"
         )
-    outputs: tuple[Tensor, Tensor, Tensor] = LoraQkvFunction.apply(
+    outputs: tuple[Tensor, ...] = LoraQkvFunction.apply(
         h,
         without_tensors(projections),
         heads,
         norm,
         rotary,
         compute_dtype(h),
+        pass_through,
         *flat_tensors(projections),
     )
     return outputs

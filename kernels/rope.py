@@ -231,6 +231,8 @@ def rope_copy(
             ROUND=round_products and torch.promote_types(src_q.dtype, cos.dtype) == src_q.dtype,
             COPY=(src_q.data_ptr(), src_k.data_ptr()) != (dst_q.data_ptr(), dst_k.data_ptr()),
             num_warps=min(4, max(1, BLOCK_NQ * BLOCK_P // 512)),
+            # A product that is to be rounded must not become half of a fused multiply-add.
+            enable_fp_fusion=not round_products,
         )  # fmt: skip
 
 

@@ -77,20 +77,20 @@ class AttentionReader:
         h: Tensor,
         prepared: tuple[list[LoraProjection], LoraProjection],
         norm: NormPrologue | None,
-        residual: Tensor | None,
+        residual: bool,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         cache: Any,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        """(residual + o(attention), attention weights or None)."""
+        """(o(attention), with h added for `residual`; attention weights or None)."""
         projections, output = prepared
         cos, sin = position_embeddings
         if self.q_norm is None and self.k_norm is None:
             rotary = Rotary(cos, sin, self.interleaved, self.round_products)
-            q, k, v = lora_qkv(h, projections, self.heads, norm, rotary)
+            q, k, v, *around = lora_qkv(h, projections, self.heads, norm, rotary, residual)
         else:
-            q, k, v = lora_qkv(h, projections, self.heads, norm)
+            q, k, v, *around = lora_qkv(h, projections, self.heads, norm, None, residual)
             if self.q_norm is not None:
                 q = apply_norm(self.q_norm, q)
             if self.k_norm is not None:
@@ -112,7 +112,7 @@ class AttentionReader:
                 **self.extras,
                 **kwargs,
             )
-        return lora_o(attended.flatten(2), output, residual), weights
+        return lora_o(attended.flatten(2), output, *around), weights
 
     def backends(self, h: Tensor, attention_mask: Tensor | None) -> AbstractContextManager[Any]:
         """The preferred order of torch's attention backends for this call."""
@@ -241,7 +241,7 @@ class FusedAttention(FusedForward):
         except Unsupported as unsupported:
             return self.fall_back(unsupported.reason, *args, **kwargs)
         self.calls += 1
-        return self.attention(h, prepared, None, None, positions, mask, cache, arguments)
+        return self.attention(h, prepared, None, False, positions, mask, cache, arguments)
 
 
 class SharedProjections:

@@ -61,7 +61,7 @@ class FusedDecoderLayer(FusedForward):
             return self.fall_back(unsupported.reason, *args, **kwargs)
         self.calls += 1
         post_1, post_2 = layer.attention_post_norm, layer.mlp_post_norm
-        residual = h if post_1 is None else None
+        residual = post_1 is None
         a, _ = self.attention(h, attention, norm_1, residual, positions, mask, cache, arguments)
         h2 = a if post_1 is None else h + apply_norm(post_1, a)
         if post_2 is None:

@@ -32,7 +32,32 @@ from lorafuse.kernels.linear_cross_entropy import (
 )
 from lorafuse.kernels.lora_linear import LoraProjection
 
-__all__ = ["DeferredLogits", "HeadCall"]
+__all__ = ["DeferredLogits", "HeadCall", "LabelBound"]
+
+
+class LabelBound:
+    """How many of a batch's labels are not ignored: counted on the GPU ahead of the backbone.
+
+    By the time the loss asks, the number has long arrived, and asking for it does not wait for the
+    backbone. The shift by one drops labels and adds none, so it is an upper bound for the loss.
+
+    Args:
+        labels: [...] int64 on a GPU.
+        ignore_index: the label that does not count.
+    """
+
+    def __init__(self, labels: Tensor, ignore_index: int = -100) -> None:
+        self.ignore_index = ignore_index
+        count = (labels != ignore_index).sum()
+        self._count = torch.empty((), dtype=torch.int64, pin_memory=True)
+        self._count.copy_(count, non_blocking=True)
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrived.record(torch.cuda.current_stream(labels.device))
+
+    def read(self) -> int:
+        """The count."""
+        self._arrived.synchronize()
+        return int(self._count)
 
 
 class HeadCall:
@@ -44,6 +69,7 @@ class HeadCall:
         stock: the head's own forward.
         on_read: told the name of each operation that needed the real logits.
         empty_loss_is_zero: the mean over no rows is 0 (TRL's chunked loss) and not NaN (torch's).
+        label_bound: how many labels there are at most, or None where nobody has counted.
 
     Attributes:
         results: one for each cross-entropy that the kernel has computed.
@@ -56,9 +82,11 @@ class HeadCall:
         stock: Callable[[Tensor], Tensor],
         on_read: Callable[[str], None],
         empty_loss_is_zero: bool = False,
+        label_bound: "LabelBound | None" = None,
     ) -> None:
         self.hidden, self.projection, self.stock = hidden, projection, stock
         self.on_read, self.empty_loss_is_zero = on_read, empty_loss_is_zero
+        self.label_bound = label_bound
         self.vocabulary = int(projection.weight.shape[0])
         self.results: list[LinearCrossEntropy] = []
         self._statistics: dict[tuple[float, float | None], tuple[Tensor, Tensor, Tensor]] = {}
@@ -83,13 +111,16 @@ class HeadCall:
         self, rows: Tensor | None, labels: Tensor, options: CrossEntropyOptions, reduction: str
     ) -> Tensor:
         """The kernel's loss of `rows` (None: all) and, kept for `statistics`, its by-products."""
-        result = self._cross_entropy(rows, labels, options, reduction)
+        most = None
+        if self.label_bound is not None and self.label_bound.ignore_index == options.ignore_index:
+            most = self.label_bound.read()
+        result = self._cross_entropy(rows, labels, options, reduction, most)
         self.results.append(result)
-        entropy, prediction, known = self._statistics_of(options)
-        computed = result.rows if rows is None else rows[result.rows]
-        entropy[computed] = result.row_entropy.to(entropy.dtype)
-        prediction[computed] = result.row_prediction
-        known[computed] = True
+        learnt = (result.row_entropy, result.row_prediction, torch.ones_like(result.labelled))
+        for kept, new in zip(self._statistics_of(options), learnt, strict=True):
+            old = kept if rows is None else kept[rows]
+            new = new.to(kept.dtype).where(result.labelled, old)
+            kept.copy_(new) if rows is None else kept.index_copy_(0, rows, new)
         if self.empty_loss_is_zero:
             empty = torch.zeros_like(result.loss)
             return torch.where(result.num_valid_tokens > 0, result.loss, empty)
@@ -101,7 +132,8 @@ class HeadCall:
         missing = (~known).nonzero()[:, 0]
         if missing.numel():
             with torch.no_grad():
-                labels = torch.zeros_like(missing)
+                # any word but the ignored one: entropy and prediction do not depend on it
+                labels = torch.full_like(missing, int(options.ignore_index == 0))
                 result = self._cross_entropy(missing, labels, options, "sum")
             entropy[missing] = result.row_entropy.to(entropy.dtype)
             prediction[missing] = result.row_prediction
@@ -121,7 +153,12 @@ class HeadCall:
         return self._statistics[key]
 
     def _cross_entropy(
-        self, rows: Tensor | None, labels: Tensor, options: CrossEntropyOptions, reduction: str
+        self,
+        rows: Tensor | None,
+        labels: Tensor,
+        options: CrossEntropyOptions,
+        reduction: str,
+        max_rows: int | None = None,
     ) -> LinearCrossEntropy:
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
         p = self.projection
@@ -137,6 +174,7 @@ class HeadCall:
             p.B,
             p.scale,
             "sum" if reduction == "sum" else "mean",
+            max_rows,
         )
 
 

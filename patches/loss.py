@@ -31,7 +31,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutput
 from lorafuse.kernels.lora_linear import LoraProjection
 from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.bind import FusedForward, Unsupported
-from lorafuse.patches.deferred_logits import DeferredLogits, HeadCall
+from lorafuse.patches.deferred_logits import DeferredLogits, HeadCall, LabelBound
 from lorafuse.patches.hooks import has_live_hooks
 from lorafuse.patches.weights import WeightReader, check_plain
 
@@ -169,7 +169,8 @@ class FusedCausalLoss(FusedForward):
                 # No labels anywhere: 0 / 0 in the model's own code, but 0 in the replaced forward.
                 at_least_one = count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
                 kwargs["num_items_in_batch"] = at_least_one
-        with self._armed(calls, replaced is not None and replaced.empty_loss_is_zero):
+        empty_loss_is_zero = replaced is not None and replaced.empty_loss_is_zero
+        with self._armed(calls, empty_loss_is_zero, self._label_bound(args, kwargs)):
             outputs = forward(*args, **kwargs)
         results = [result for call in calls for result in call.results]
         if not results and replaced is None:
@@ -189,6 +190,16 @@ class FusedCausalLoss(FusedForward):
         position = self._position.get(name, len(args))
         return args[position] if position < len(args) else kwargs.get(name)
 
+    def _label_bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LabelBound | None:
+        # Of the loss that is known to use just these labels, shifted or not.
+        labels = self._argument("shift_labels", args, kwargs)
+        if labels is None:
+            labels = self._argument("labels", args, kwargs)
+        function = getattr(self.module, "loss_function", None)
+        if getattr(function, "__name__", "") != "ForCausalLMLoss":
+            return None
+        return LabelBound(labels) if isinstance(labels, Tensor) and labels.is_cuda else None
+
     def _why_stock(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if torch.compiler.is_compiling():
             return "torch.compile is tracing the forward"
@@ -201,13 +212,17 @@ class FusedCausalLoss(FusedForward):
         return None
 
     @contextmanager
-    def _armed(self, calls: list[HeadCall], empty_loss_is_zero: bool) -> Iterator[None]:
+    def _armed(
+        self, calls: list[HeadCall], empty_loss_is_zero: bool, label_bound: LabelBound | None
+    ) -> Iterator[None]:
         head = self.head.head
         reader, stock = _reader(head), head.forward
 
         def put_off(hidden: Tensor) -> DeferredLogits:
             projection = _projection(reader, hidden)
-            calls.append(HeadCall(hidden, projection, stock, self._read, empty_loss_is_zero))
+            calls.append(
+                HeadCall(hidden, projection, stock, self._read, empty_loss_is_zero, label_bound)
+            )
             return calls[-1].logits()
 
         with _Swap(head, put_off):

@@ -22,6 +22,9 @@ SWITCHES = (
     "fused_rope",
 )
 OPERATIONS = (*SWITCHES, "fused_attention")
+# What is fused beside the model's own operations.
+OPTIMIZER = "fused_optimizer"
+_NAMED = (*OPERATIONS, OPTIMIZER)
 EVERYTHING = "fused"
 PREFIX = "fused_"
 
@@ -38,6 +41,8 @@ class FuseConfig(BaseModel):
         fused_rope: Rotary position embedding of queries and keys.
         fused_attention: `auto` picks the fastest backend here, `sdpa` keeps torch's own choice,
             `off` leaves the attention alone.
+        fused_optimizer: bitsandbytes' 8-bit optimisers update all tensors without waiting for the
+            GPU after each. Other optimisers stay as they are.
         fused_checkpointing: `auto` leaves the trainer's own gradient checkpointing as it is. The
             other modes are not in this version and are refused.
         fused_strict: An operation that cannot be fused, or is never called, stops the run.
@@ -58,6 +63,7 @@ class FuseConfig(BaseModel):
     fused_rms_norm: StrictBool = True
     fused_rope: StrictBool = True
     fused_attention: Literal["auto", "sdpa", "off"] = "auto"
+    fused_optimizer: StrictBool = True
     fused_checkpointing: Literal["auto"] = "auto"
     fused_strict: StrictBool = False
     fused_plugins: StrictBool = True
@@ -74,7 +80,8 @@ class FuseConfig(BaseModel):
     def _only_what_is_named(cls, flags: dict[str, Any]) -> dict[str, Any]:
         flags = _without_yaml_booleans(flags)
         if named_on(flags):
-            return dict.fromkeys(SWITCHES, False) | {"fused_attention": "off"} | flags
+            off = {"fused_attention": "off", OPTIMIZER: False}
+            return dict.fromkeys(SWITCHES, False) | off | flags
         return flags
 
     @classmethod
@@ -110,7 +117,8 @@ class FuseConfig(BaseModel):
         config = cls(**flags)
         asked = named_on(_without_yaml_booleans(flags))
         if everything:
-            return cls(**(dict.fromkeys(SWITCHES, True) | {"fused_attention": "auto"} | flags))
+            on = {"fused_attention": "auto", OPTIMIZER: True}
+            return cls(**(dict.fromkeys(SWITCHES, True) | on | flags))
         if asked:
             if everything is False:
                 raise FuseConfigError(
@@ -118,7 +126,7 @@ class FuseConfig(BaseModel):
                     "drop one of the two lines"
                 )
             return config
-        idle = [name for name in flags if name not in OPERATIONS]
+        idle = [name for name in flags if name not in _NAMED]
         if idle and everything is None:
             raise FuseConfigError(
                 f"`{idle[0]}: {_as_yaml(flags[idle[0]])}` has no effect, for no operation is asked "
@@ -137,7 +145,7 @@ def is_on(value: object) -> bool:
 
 
 def named_on(flags: Mapping[str, Any]) -> list[str]:
-    return [name for name in OPERATIONS if name in flags and is_on(flags[name])]
+    return [name for name in _NAMED if name in flags and is_on(flags[name])]
 
 
 def _looks_like_ours(name: str) -> bool:

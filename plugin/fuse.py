@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lorafuse.patches.apply import FusedModel, OperationRecord, apply
-from lorafuse.plugin.config import FuseConfig
-from lorafuse.plugin.errors import FuseConfigError
+from lorafuse.patches.optimizer import fuse_optimizer
+from lorafuse.plugin import log
+from lorafuse.plugin.config import OPTIMIZER, FuseConfig
+from lorafuse.plugin.errors import FuseConfigError, FuseError
 from lorafuse.plugin.manager import Plugins
 from lorafuse.plugin.report import FuseReport
 
@@ -17,7 +19,12 @@ from lorafuse.plugin.report import FuseReport
 _fused: "WeakKeyDictionary[nn.Module, FuseReport]" = WeakKeyDictionary()
 
 
-def fuse(model: nn.Module, config: FuseConfig | None = None, **flags: Any) -> FuseReport:
+def fuse(
+    model: nn.Module,
+    config: FuseConfig | None = None,
+    optimizer: Any = None,
+    **flags: Any,
+) -> FuseReport:
     """Fuses a model in place, on its module instances only.
 
     A model that is fused already is first unfused, so the result is that of the new flags alone.
@@ -27,6 +34,7 @@ def fuse(model: nn.Module, config: FuseConfig | None = None, **flags: Any) -> Fu
     Args:
         model: Any `nn.Module`; a PEFT model for the LoRA operations.
         config: The flags. Without it, the keyword flags, all on where there are none.
+        optimizer: What `fused_optimizer` is for; trainers' own is found by the callback.
         **flags: The flags of `FuseConfig`, in place of `config`.
 
     Returns:
@@ -39,7 +47,13 @@ def fuse(model: nn.Module, config: FuseConfig | None = None, **flags: Any) -> Fu
         TypeError: `model` is not a module.
     """
     config = resolve_config(config, flags)
-    return fuse_with(model, config, Plugins(config))
+    report = fuse_with(model, config, Plugins(config))
+    try:
+        add_optimizer(report, optimizer)
+    except FuseError:
+        report.unfuse()
+        raise
+    return report
 
 
 def resolve_config(config: FuseConfig | None, flags: Mapping[str, Any]) -> FuseConfig:
@@ -84,6 +98,28 @@ def fuse_with(
         raise
     _fused[model] = report
     return report
+
+
+def add_optimizer(report: FuseReport, optimizer: Any) -> None:
+    """Fuses the optimiser as the report's flags say, and enters it into the report.
+
+    Raises:
+        FuseError: with `fused_strict`, `fused_optimizer` was asked for by name, in vain.
+    """
+    config = report.config
+    if optimizer is None or not config.fused_optimizer:
+        return
+    fused = fuse_optimizer(optimizer)
+    reason = "" if fused is None else fused.reason
+    if fused is not None:
+        report.add(fused, fused.undo)
+    elif OPTIMIZER in config.model_fields_set:
+        name = type(getattr(optimizer, "optimizer", optimizer)).__name__
+        reason = f"{name} is not one of bitsandbytes' 8-bit optimisers (optim: adamw_bnb_8bit)"
+    if reason and OPTIMIZER in config.model_fields_set:
+        if config.fused_strict:
+            raise FuseError(f"{OPTIMIZER}: {reason}; set `{OPTIMIZER}: false` to go on without it")
+        log.warning(f"{OPTIMIZER}: {reason}; it is left as it is")
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, str | None]:

@@ -113,10 +113,19 @@ class FuseReport:
         self.steps = 0
         self._records = records
         self._unfuse = unfuse
+        self._undo: list[Callable[[], None]] = []
 
     def unfuse(self) -> None:
         """Restores the model exactly as it was before fusing. A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
         self._unfuse()
+
+    def add(self, record: Record, undo: Callable[[], None] | None = None) -> None:
+        """Takes up what was fused beside the model, as the optimiser; `undo` takes it off again."""
+        self._records = [*self._records, record]
+        if undo is not None:
+            self._undo.append(undo)
 
     def operations(self) -> dict[str, OperationReport]:
         """The state of each operation, by its name without `fused_`."""

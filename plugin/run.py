@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from lorafuse.plugin import log
-from lorafuse.plugin.fuse import unwrap
+from lorafuse.plugin.fuse import add_optimizer, unwrap
 from lorafuse.plugin.manager import Plugins
 from lorafuse.plugin.report import FILE_NAME, FuseReport
 from lorafuse.plugin.throughput import Throughput, peak_memory_gb
@@ -50,6 +50,7 @@ class RunCallback(TrainerCallback):
     ) -> None:
         report = self._reported()
         model, _ = unwrap(kwargs["model"])
+        add_optimizer(report, kwargs.get("optimizer"))
         self._go_first()
         self._throughput.attach(model)
         _write(report, args)

@@ -246,7 +246,7 @@ def main() -> None:
     from lorafuse import fuse
 
     start = time.perf_counter()
-    report = fuse(peft)
+    report = fuse(peft, optimizer=step.optimizer)
     result["fuse_s"] = time.perf_counter() - start
     fused_numbers = [float(x) for x in step.backward(1)]
     step.optimizer.zero_grad(set_to_none=True)

@@ -205,13 +205,53 @@ def test_by_products(randn, device, dtype):
     kept = (labels != -100).nonzero()[:, 0]
     log_p = torch.log_softmax(logits[kept], -1)
     entropy = -(log_p.exp() * log_p).sum(-1)
-    torch.testing.assert_close(out.row_entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.row_entropy[kept].double(), entropy, rtol=1e-5, atol=1e-5)
+    assert not out.row_entropy[labels == -100].any()
     torch.testing.assert_close(out.entropy_sum.double(), entropy.sum(), rtol=1e-5, atol=1e-5)
-    assert torch.equal(out.rows, kept)
-    assert torch.equal(out.row_prediction, logits[kept].argmax(-1))
+    assert torch.equal(out.labelled, labels != -100)
+    assert torch.equal(out.row_prediction[kept], logits[kept].argmax(-1))
     assert out.num_valid_tokens == kept.numel()
     assert out.num_correct_tokens == (logits[kept].argmax(-1) == labels[kept]).sum()
     assert not any(x.requires_grad for x in (out.entropy_sum, out.num_correct_tokens))
+
+
+@pytest.mark.parametrize("more", [0, 3, 10**6])
+def test_a_bound_on_the_rows_changes_nothing(randn, device, more):
+    """Rows that fill up to `max_rows` repeat a labelled row, and must not count."""
+    inputs = make_inputs(randn, 29, 16, 123, 2, torch.float32)
+    labels = make_labels(29, 123, device)
+    labels[0] = 5
+    labels[-1] = -100
+    bound = int((labels != -100).sum()) + more
+    runs = []
+    for max_rows in (None, bound):
+        leaves = [x.clone().requires_grad_() for x in inputs.values()]
+        options = CrossEntropyOptions(label_smoothing=0.1, z_loss=1e-3, chunk_bytes=4000)
+        out = linear_cross_entropy(
+            leaves[0], leaves[1], labels, options, leaves[2], None, leaves[3], leaves[4], SCALE,
+            max_rows=max_rows,
+        )  # fmt: skip
+        runs.append([*vars(out).values(), *torch.autograd.grad(out.loss, leaves)])
+    for exact, bounded in zip(*runs, strict=True):
+        torch.testing.assert_close(bounded, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_rows", [0, 4, 50])
+def test_a_bound_and_no_labels(randn, device, max_rows):
+    hidden = randn(9, 8).requires_grad_()
+    labels = torch.full((9,), -100, device=device)
+    for reduction, loss in (("sum", 0.0), ("mean", float("nan"))):
+        out = linear_cross_entropy(
+            hidden, randn(20, 8), labels, reduction=reduction, max_rows=max_rows
+        )
+        torch.testing.assert_close(float(out.loss), loss, equal_nan=True)
+        assert not torch.autograd.grad(out.loss, hidden)[0].any()
+
+
+def test_a_bound_that_is_too_low_is_seen(randn, device):
+    labels = torch.arange(9, device=device)
+    out = linear_cross_entropy(randn(9, 8), randn(20, 8), labels, max_rows=8)
+    assert out.loss.isnan()
 
 
 def test_ties_go_to_the_first_word(device):

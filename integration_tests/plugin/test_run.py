@@ -185,3 +185,28 @@ def test_the_same_trainer_may_train_again(llama, tmp_path) -> None:
     assert not llama._forward_pre_hooks
     callback.report.unfuse()
     assert not any("forward" in m.__dict__ for m in llama.modules() if m is not llama)
+
+
+def test_the_8_bit_optimiser_is_fused_and_trains_the_same(llama, tmp_path) -> None:
+    losses = []
+    start = {name: p.detach().clone() for name, p in llama.named_parameters()}
+    for flag in (False, True):
+        llama.load_state_dict(start, strict=False)
+        torch.manual_seed(0)
+        trainer = build(llama, tmp_path, optim="adamw_bnb_8bit", learning_rate=1e-2)
+        callback = LorafuseCallback(fused_lora_mlp=True, fused_optimizer=flag)
+        trainer.add_callback(callback)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        row = report(tmp_path)["operations"].get("optimizer")
+        assert (row is not None) is flag
+        callback.report.unfuse()
+    assert row is not None and row["fused"] == 1 and row["calls"] == 4
+    assert losses[0] == losses[1] and losses[0][0] != losses[0][-1]
+
+
+def test_an_optimiser_asked_for_by_name_that_is_none_of_bitsandbytes(llama, tmp_path) -> None:
+    trainer = build(llama, tmp_path, optim="adamw_torch")
+    trainer.add_callback(LorafuseCallback(fused_optimizer=True, fused_strict=True))
+    with pytest.raises(FuseError, match="AdamW is not one of bitsandbytes"):
+        trainer.train()
