@@ -118,7 +118,9 @@ class FuseConfig(BaseModel):
         asked = named_on(_without_yaml_booleans(flags))
         if everything:
             on = {"fused_attention": "auto", OPTIMIZER: True}
-            return cls(**(dict.fromkeys(SWITCHES, True) | on | flags))
+            config = cls(**(dict.fromkeys(SWITCHES, True) | on | flags))
+            # `model_fields_set` stays what the user has named.
+            return cls.model_construct(_fields_set=set(flags), **config.model_dump())
         if asked:
             if everything is False:
                 raise FuseConfigError(

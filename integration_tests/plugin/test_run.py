@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lorafuse import LorafuseCallback
+from lorafuse import FuseConfig, LorafuseCallback
 from lorafuse.plugin.errors import FuseError
 from lorafuse.plugin.run import PEAK_MEMORY_GB, TOKENS_PER_SECOND
 from lorafuse.plugin.throughput import Throughput
@@ -210,3 +210,12 @@ def test_an_optimiser_asked_for_by_name_that_is_none_of_bitsandbytes(llama, tmp_
     trainer.add_callback(LorafuseCallback(fused_optimizer=True, fused_strict=True))
     with pytest.raises(FuseError, match="AdamW is not one of bitsandbytes"):
         trainer.train()
+
+
+def test_an_optimiser_that_only_fused_true_asks_for_stays_as_it_is(llama, tmp_path) -> None:
+    trainer = build(llama, tmp_path, optim="adamw_torch", max_steps=1)
+    config = FuseConfig.from_yaml({"fused": True, "fused_strict": True})
+    trainer.add_callback(LorafuseCallback(config))
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert "optimizer" not in report(tmp_path)["operations"]
