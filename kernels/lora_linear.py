@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafuse.kernels.adapter_buffers import block_diagonal, stack
 from lorafuse.kernels.nf4 import Quantised4bit, dequantise
 from lorafuse.kernels.rms_norm import reference as rms_norm_reference
 from lorafuse.kernels.rms_norm import rms_norm_fwd
@@ -96,6 +97,23 @@ class NormPrologue:
         return rms_norm_fwd(
             h, self.weight, self.eps, self.offset, out, round_normalised=self.round_normalised
         )
+
+    def transposed_product(self, G: Tensor, h: Tensor, rstd: Tensor) -> Tensor | None:
+        """G^T X [F, K] in fp32 without X: ((rstd G)^T h) * (offset + weight).
+
+        Saves the pass that would write X anew. None where h's dtype is not G's, or is fp16, in
+        which rstd G may overflow.
+
+        Args:
+            G: [T, F].
+            h: [T, K].
+            rstd: [T], from `forward`.
+        """
+        if h.dtype != G.dtype or G.dtype == torch.float16:
+            return None
+        scaled = torch.mul(G, rstd.unsqueeze(1), out=torch.empty_like(G))
+        product = mm_fp32(scaled.t(), h)
+        return product.mul_(self.weight.to(product.dtype) + self.offset)
 
     def reference(self, h: Tensor) -> Tensor:
         """X in plain torch."""
@@ -224,18 +242,14 @@ class Group:
 
     def write_A(self, out: Tensor) -> Tensor:
         """[A_1; A_2; ...] into `out` [>= R, K]; rows past R are zeroed."""
-        for p, ranks in zip(self.projections, self.ranks, strict=True):
-            if p.A is not None:
-                out[ranks].copy_(p.A)
-        out[self.ranks[-1].stop :].zero_()
+        stack([p.A for p in self.projections], out)
         return out
 
     def write_sB(self, out: Tensor, *, bias: bool = False) -> Tensor:
         """Block-diagonal sB into `out` [N, >= R], zeros elsewhere; with `bias`, b in its column."""
-        out.zero_()
-        for p, rows, ranks in zip(self.projections, self.rows, self.ranks, strict=True):
-            if p.B is not None:
-                torch.mul(p.B, p.scale, out=out[rows, ranks])
+        ps = self.projections
+        block_diagonal([p.B for p in ps], [p.out_features for p in ps], [p.scale for p in ps], out)
+        for p, rows in zip(ps, self.rows, strict=True):
             if bias and p.bias is not None:
                 out[rows, self.bias_column].copy_(p.bias)
         return out
@@ -370,20 +384,27 @@ def lora_gradient(group: Group, dy: Tensor, dy_wide: Tensor | None) -> Tensor | 
 
 def adapter_gradients(
     group: Group,
-    x: Tensor,  # (T, K), compute dtype
+    x: Tensor | None,  # (T, K), compute dtype; None where dA is given
     xA: Tensor | None,  # (T, fold_forward), what group_fwd returned
     dy: Tensor,  # (T, N), compute dtype, any row stride
     G: Tensor | None,  # (T, fold_backward), from lora_gradient
     needs: Sequence[bool],
     rng: RngState | None = None,
+    dA: Tensor | None = None,  # (>= R, K): G^T X, where the caller has it
+    dB: Sequence[Tensor | None] | None = None,  # (N_i, R_i) each: dY_i^T XA_i, likewise
 ) -> list[Tensor | None]:
     """dA_i, dB_i, db_i in the order of `flat_tensors`, each in its master's dtype, or None."""
     gradients: list[Tensor | None] = [None] * len(needs)
-    # dB/s = dY^T XA; the blocks off the diagonal are not used.
-    full = mm_fp32(dy.t(), xA) if xA is not None and any(needs[1::3]) else None
+    if dB is None and xA is not None and any(needs[1::3]):
+        full = mm_fp32(dy.t(), xA)  # the blocks off the diagonal are not used
+        dB = [full[rows, ranks] for rows, ranks in zip(group.rows, group.ranks, strict=True)]
     for i, (p, rows) in enumerate(zip(group.projections, group.rows, strict=True)):
-        if full is not None and p.B is not None and needs[3 * i + 1]:
-            gradients[3 * i + 1] = (full[rows, group.ranks[i]] * p.scale).to(p.B.dtype)
+        if dB is not None and p.B is not None and needs[3 * i + 1]:
+            product = dB[i]
+            assert product is not None
+            # into B's own layout, whatever the product's strides are
+            gradient = torch.empty(p.B.shape, dtype=p.B.dtype, device=p.B.device)
+            gradients[3 * i + 1] = torch.mul(product, p.scale, out=gradient)
         if p.bias is not None and needs[3 * i + 2]:
             # torch's pairwise sum is more exact than the column of a GEMM that meets the ones.
             wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
@@ -391,16 +412,45 @@ def adapter_gradients(
     if G is None or not any(needs[::3]):
         return gradients
     if group.has_dropout:
+        assert x is not None
         for i, keep in group.masks(x, rng):
             p = group.projections[i]
             if p.A is not None and needs[3 * i]:
                 gradients[3 * i] = mm_fp32(G[:, group.ranks[i]].t(), x * keep).to(p.A.dtype)
         return gradients
-    full = mm_fp32(G.t(), x)  # dA = G^T X
+    if dA is None:
+        assert x is not None
+        dA = mm_fp32(G.t(), x)
     for i, p in enumerate(group.projections):
         if p.A is not None and needs[3 * i]:
-            gradients[3 * i] = full[group.ranks[i]].to(p.A.dtype)
+            gradients[3 * i] = dA[group.ranks[i]].to(p.A.dtype)
     return gradients
+
+
+def normed_adapter_gradients(
+    group: Group,
+    h: Tensor,  # (T, K)
+    norm: NormPrologue | None,
+    rstd: Tensor | None,  # (T,), with a norm
+    xA: Tensor | None,
+    dy: Tensor,
+    G: Tensor | None,
+    needs: Sequence[bool],
+    rng: RngState | None = None,
+    dB: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:
+    """`adapter_gradients` for X = norm(h) or h, which is computed again only where it has to be."""
+    dA, x = None, None
+    if norm is None:
+        x = h.to(group.dtype)
+    elif G is not None and any(needs[::3]):
+        if not group.has_dropout:
+            assert rstd is not None
+            dA = norm.transposed_product(G, h, rstd)
+        if dA is None:
+            x = h.new_empty(h.shape, dtype=group.dtype)
+            norm.forward(h, x)
+    return adapter_gradients(group, x, xA, dy, G, needs, rng, dA, dB)
 
 
 def input_gradient(

@@ -5,12 +5,12 @@ r"""A gated MLP with LoRA on any projection, and optionally its RMS norm and res
     M = act(gate) * up                 [T, I]      one kernel
     Y = M W_d^T + LoRA (+ residual)    [T, K]      the residual is added to the rounded Y
 
-Saved: h, rstd, gate/up [T, 2I], the r-wide XA and MA. X and M are recomputed in backward from what
-is kept. Backward, from dY [T, K]:
+Saved: h, rstd, gate/up [T, 2I], the r-wide XA and MA. Backward needs X and M only for dA, which
+comes without them (but with dropout, where they are computed again). Backward, from dY [T, K]:
 
     dM = [dY, G_d] [W_d; A_d]          G_d = s dY B_d
-    dgate, dup, M in place over gate, up, dM; then dA_d = G_d^T M, and M is dropped
-    dX = [dgate, dup, G_gu] [W_gu; A_gu]
+    dgate, dup in place over gate and up; dA_d = G_d^T M and dB of gate and up in the same kernel
+    dX = [dgate, dup, G_gu] [W_gu; A_gu]      dA of gate and up from h and rstd
     dh = d(norm)(dX) + dY              dY is the residual's gradient
 
 gate/up are overwritten by their gradients, in the buffer that already has room for G_gu. A second
@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafuse.kernels.glu import glu_bwd_, glu_fwd
 from lorafuse.kernels.glu import reference as glu_reference
+from lorafuse.kernels.glu_adapters import glu_bwd_adapters_
 from lorafuse.kernels.lora_linear import (
     Group,
     LoraProjection,
@@ -40,6 +41,7 @@ from lorafuse.kernels.lora_linear import (
     group_fwd,
     input_gradient,
     lora_gradient,
+    normed_adapter_gradients,
     read_input,
     with_tensors,
     without_autocast,
@@ -123,8 +125,8 @@ class LoraMlpFunction(torch.autograd.Function):
             need_first = need_h or any(needs[:split])
 
             dflat = as_rows(dy)
-            below = _down_backward(
-                second, gate, up, activation, dflat, mA, needs[split:], need_first, rng_second
+            below, dB = _down_backward(
+                first, second, gate, up, activation, dflat, gA, mA, needs, need_first, rng_second
             )
             if not need_first:
                 return (None,) * (7 + split) + tuple(below)
@@ -136,12 +138,10 @@ class LoraMlpFunction(torch.autograd.Function):
             dh = None
             if need_h:
                 dh = input_gradient(first, dgu, dgu_wide, G, rng_first)
-            x = flat.to(dtype)
-            if norm is not None:
-                x = flat.new_empty(flat.shape, dtype=dtype)
-                norm.forward(flat, x)
-            above = adapter_gradients(first, x, gA, dgu, G, needs[:split], rng_first)
-            del x, gu, gate, up, dgu, dgu_wide, G
+            above = normed_adapter_gradients(
+                first, flat, norm, rstd, gA, dgu, G, needs[:split], rng_first, dB
+            )
+            del gu, gate, up, dgu, dgu_wide, G
             if dh is not None and norm is not None:
                 through = dflat if residual else None
                 dh, _ = rms_norm_bwd(
@@ -187,34 +187,57 @@ def _activate(
 
 
 def _down_backward(
-    group: Group,
+    first: Group,
+    second: Group,
     gate: Tensor,
     up: Tensor,
     activation: str,
     dy: Tensor,
+    gA: Tensor | None,
     mA: Tensor | None,
     needs: Sequence[bool],
     need_first: bool,
     rng: RngState | None,
-) -> list[Tensor | None]:
-    """Gradients of the down projection; leaves dgate and dup in gate and up."""
-    T = dy.shape[0]
+) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
+    """Gradients of the down projection, and dB/s of gate and up where they came along.
+
+    With `need_first`, leaves dgate and dup in gate and up.
+    """
+    T, split = dy.shape[0], 3 * len(first.projections)
+    down_needs = needs[split:]
     dy_wide = None
-    if need_first and group.folds_backward(T, copies_input=True):
-        dy_wide = gate.new_empty((T, group.out_features + group.fold_backward))
-        dy_wide[:, : group.out_features].copy_(dy)
-        dy = dy_wide[:, : group.out_features]
+    if need_first and second.folds_backward(T, copies_input=True):
+        dy_wide = gate.new_empty((T, second.out_features + second.fold_backward))
+        dy_wide[:, : second.out_features].copy_(dy)
+        dy = dy_wide[:, : second.out_features]
     else:
-        dy = dy.to(group.dtype)
+        dy = dy.to(second.dtype)
     if not need_first:
-        m = gate.new_empty((T, group.in_features))
+        m = gate.new_empty((T, second.in_features))
         glu_fwd(gate, up, activation, m)
-        return adapter_gradients(group, m, mA, dy, lora_gradient(group, dy, None), needs, rng)
-    # dM before dA: dA's other factor, M, appears where dM was, once gate and up are overwritten.
-    G = lora_gradient(group, dy, dy_wide)
-    dm = input_gradient(group, dy, dy_wide, G, rng)
-    glu_bwd_(gate, up, dm, activation)
-    return adapter_gradients(group, dm, mA, dy, G, needs, rng)
+        G = lora_gradient(second, dy, None)
+        return adapter_gradients(second, m, mA, dy, G, down_needs, rng), None
+    G = lora_gradient(second, dy, dy_wide)
+    dm = input_gradient(second, dy, dy_wide, G, rng)
+    if second.has_dropout:
+        # dA's other factor is D(m): m appears where dm was, once gate and up are overwritten.
+        glu_bwd_(gate, up, dm, activation)
+        return adapter_gradients(second, dm, mA, dy, G, down_needs, rng), None
+    ranks = first.ranks if len(first.ranks) == 2 else first.ranks * 2
+    wanted = list(needs[1:split:3]) * (2 // len(first.ranks))
+    xA_gate, xA_up = (
+        gA[:, r] if gA is not None and r.stop > r.start and need else None
+        for r, need in zip(ranks, wanted, strict=True)
+    )
+    products = glu_bwd_adapters_(
+        gate, up, dm, activation,
+        None if G is None or not down_needs[0] else G[:, second.ranks[0]], xA_gate, xA_up,
+    )  # fmt: skip
+    dB: list[Tensor | None] = [products.dB_gate, products.dB_up]
+    if len(first.ranks) == 1:
+        dB = [None if None in dB else torch.cat([x for x in dB if x is not None])]
+    below = adapter_gradients(second, dm, mA, dy, G, down_needs, rng, dA=products.dA_down)
+    return below, dB
 
 
 def lora_mlp(

@@ -7,7 +7,7 @@ r"""Query, key and value projections with LoRA, and optionally their RMS norm an
 With `pass_through`, h is an output too: what goes around the block (the residual) is taken from it,
 and the gradient that comes back that way is added where dh is written, not in a pass of its own.
 
-Saved: h, rstd, the r-wide XA, cos and sin. X is recomputed in backward. Backward gathers dq, dk and
+Saved: h, rstd, the r-wide XA, cos and sin; dA comes from h and rstd. Backward gathers dq, dk and
 dv from whatever layout attention left them in, turns dq and dk back and writes all three into the
 left columns of [dY, G] in one pass; then dX = [dY, G] [W; A] as in `lora_linear`.
 
@@ -27,7 +27,6 @@ from lorafuse.kernels.lora_linear import (
     LoraProjection,
     NormPrologue,
     RngState,
-    adapter_gradients,
     as_rows,
     check_projections,
     compute_dtype,
@@ -35,6 +34,7 @@ from lorafuse.kernels.lora_linear import (
     group_fwd,
     input_gradient,
     lora_gradient,
+    normed_adapter_gradients,
     read_input,
     with_tensors,
     without_autocast,
@@ -170,12 +170,8 @@ class LoraQkvFunction(torch.autograd.Function):
                 rotary.backward(dq, dk, to_q, to_k)
             G = lora_gradient(group, dy, wide)
             dh = input_gradient(group, dy, wide, G, rng) if need_h else None
-            x = flat.to(dtype)
-            if norm is not None:
-                x = flat.new_empty(flat.shape, dtype=dtype)
-                norm.forward(flat, x)
-            adapters = adapter_gradients(group, x, xA, dy, G, needs, rng)
-            del x, dy, wide, G
+            adapters = normed_adapter_gradients(group, flat, norm, rstd, xA, dy, G, needs, rng)
+            del dy, wide, G
             flat_around = None if around is None else as_rows(around)
             if dh is not None and norm is not None:
                 dh, _ = rms_norm_bwd(
