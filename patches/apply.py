@@ -22,6 +22,7 @@ from lorafuse.patches.attention import (
 )
 from lorafuse.patches.bind import Binding, FusedForward, Unsupported
 from lorafuse.patches.decoder_layer import FusedDecoderLayer
+from lorafuse.patches.documents import DocumentFinder
 from lorafuse.patches.loss import FusedCausalLoss, recognise_causal_head, verify_causal_loss
 from lorafuse.patches.mlp import FusedMlp
 from lorafuse.patches.norms import FusedRmsNorm
@@ -126,6 +127,7 @@ class _Applier:
     ) -> None:
         self.model, self.enabled = model, enabled
         self.structures, self.formats, self.backend = structures, formats, backend
+        self.finder = DocumentFinder()
         self.names = {id(module): name for name, module in model.named_modules()}
         self.result = FusedModel()
         self.claimed: set[int] = set()
@@ -248,7 +250,7 @@ class _Applier:
         return torch.float32
 
     def build_layer(self, layer: DecoderLayer, interleaved: bool) -> list[FusedDecoderLayer]:
-        return [FusedDecoderLayer(layer, self.formats, interleaved, self.backend)]
+        return [FusedDecoderLayer(layer, self.formats, interleaved, self.backend, self.finder)]
 
     def layer(self, f: _Found) -> None:
         layer = f.description
@@ -287,7 +289,7 @@ class _Applier:
         self.claimed |= {id(m) for m in layer.module.modules()}
 
     def build_attention(self, attention: Attention, interleaved: bool) -> list[FusedAttention]:
-        return [FusedAttention(attention, self.formats, interleaved, self.backend)]
+        return [FusedAttention(attention, self.formats, interleaved, self.backend, self.finder)]
 
     def attention(self, f: _Found) -> None:
         attention = f.description

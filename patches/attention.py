@@ -21,8 +21,10 @@ from lorafuse.kernels.lora_o import lora_o
 from lorafuse.kernels.lora_qkv import Heads, Rotary, lora_qkv
 from lorafuse.kernels.rope import reference as rope_reference
 from lorafuse.kernels.rope import rope
+from lorafuse.kernels.varlen_attention import serves, varlen_attention
 from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.bind import FusedForward, Unsupported
+from lorafuse.patches.documents import DocumentFinder, Layout
 from lorafuse.patches.norms import apply_norm, prologue
 from lorafuse.patches.structure import Attention, Projections
 from lorafuse.patches.weights import WeightFormat
@@ -44,7 +46,9 @@ class AttentionReader:
         attention: the description.
         formats: weight formats.
         interleaved: RoPE's pairing of features: neighbours, or halves.
-        backend: "auto" prefers cuDNN under torch's sdpa on CUDA; else torch chooses.
+        backend: "auto" prefers cuDNN under torch's sdpa on CUDA, and takes a mask of documents or
+            padding for what it says; else torch chooses.
+        finder: shared by the layers of a model.
     """
 
     def __init__(
@@ -53,8 +57,10 @@ class AttentionReader:
         formats: Sequence[WeightFormat],
         interleaved: bool,
         backend: str,
+        finder: DocumentFinder | None = None,
     ) -> None:
         self.module = attention.module
+        self.finder = finder or DocumentFinder()
         self.qkv = tuple(LinearReader(linear, formats) for linear in attention.qkv)
         self.o = LinearReader(attention.o, formats)
         self.heads = Heads(attention.query_heads, attention.key_value_heads, attention.head_size)
@@ -96,12 +102,20 @@ class AttentionReader:
             if self.k_norm is not None:
                 k = apply_norm(self.k_norm, k)
             q, k = rope(q, k, cos, sin, self.interleaved, self.round_products)
-        module = self.module
+        module, function = self.module, attention_function(self.module)
+        if cache is None and self.backend == "auto":
+            layout, own = self.layout(q, attention_mask, kwargs)
+            if layout is not None and layout.plain:
+                attention_mask, function = None, own
+            elif layout is not None and serves(q):
+                q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+                attended = varlen_attention(q, k, v, layout.documents, self.scale(q))
+                return lora_o(attended.view(*h.shape[:2], -1), output, *around), None
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, module.layer_idx)
         with self.backends(h, attention_mask):
-            attended, weights = attention_function(module)(
+            attended, weights = function(
                 module,
                 q,
                 k,
@@ -113,6 +127,47 @@ class AttentionReader:
                 **kwargs,
             )
         return lora_o(attended.flatten(2), output, *around), weights
+
+    def scale(self, q: Tensor) -> float:
+        """The factor of the scores, as torch's sdpa takes it."""
+        scaling = self.module.scaling
+        return float(q.shape[-1] ** -0.5 if scaling is None else scaling)  # type: ignore[arg-type]
+
+    def layout(
+        self, q: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Layout | None, Callable[..., Any]]:
+        """(how the documents of this batch lie, or None; the function that the rest goes to).
+
+        Only in training, where no one reads the rows of padding, and only under torch's sdpa, whose
+        result is all that the mask says. Axolotl puts a function of its own in sdpa's place when it
+        packs: that one reads the documents from the positions, and stands aside for a mask.
+        """
+        module, function = self.module, attention_function(self.module)
+        config = getattr(module, "config", None)
+        if (
+            implementation(module) != "sdpa"
+            or not module.training
+            or not getattr(module, "is_causal", True)
+            or kwargs.get("is_causal") is False
+            or kwargs.get("position_bias") is not None
+            or _dropout(module)
+            or getattr(config, "output_router_logits", False)  # padding takes part in that loss
+        ):
+            return None, function
+        batch, length = q.shape[:2]
+        own = getattr(function, "_axolotl_sdpa_original", None)
+        if mask is not None:
+            if mask.dim() != 4 or mask.shape[-2:] != (length, length):
+                return None, function
+            return self.finder.of_mask(mask, batch), own or function
+        positions = kwargs.get("position_ids")
+        if own is None or not isinstance(positions, Tensor):
+            return None, function
+        window = self.extras.get("sliding_window")
+        layout = self.finder.of_positions(positions, batch)
+        if layout is None or (window and layout.documents.longest > window):
+            return None, function
+        return layout, own
 
     def backends(self, h: Tensor, attention_mask: Tensor | None) -> AbstractContextManager[Any]:
         """The preferred order of torch's attention backends for this call."""
@@ -222,9 +277,10 @@ class FusedAttention(FusedForward):
         formats: Sequence[WeightFormat],
         interleaved: bool = False,
         backend: str = "auto",
+        finder: DocumentFinder | None = None,
     ) -> None:
         super().__init__(attention.module)
-        self.attention = AttentionReader(attention, formats, interleaved, backend)
+        self.attention = AttentionReader(attention, formats, interleaved, backend, finder)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorafuse.patches.attention import AttentionReader, take_cache
 from lorafuse.patches.bind import FusedForward, Unsupported
+from lorafuse.patches.documents import DocumentFinder
 from lorafuse.patches.hooks import has_live_hooks
 from lorafuse.patches.mlp import MlpReader
 from lorafuse.patches.norms import apply_norm, prologue
@@ -33,10 +34,11 @@ class FusedDecoderLayer(FusedForward):
         formats: Sequence[WeightFormat],
         interleaved: bool = False,
         backend: str = "auto",
+        finder: DocumentFinder | None = None,
     ) -> None:
         super().__init__(layer.module)
         self.layer = layer
-        self.attention = AttentionReader(layer.attention, formats, interleaved, backend)
+        self.attention = AttentionReader(layer.attention, formats, interleaved, backend, finder)
         self.mlp = MlpReader(layer.mlp, formats)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
