@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -138,7 +139,8 @@ def run_worker(
     job: Job, result: SystemResult, progress: Callable[[str], None] = lambda stage: None
 ) -> None:
     """One process of one system; what it measured, or how it ended, is entered into `result`."""
-    command = [sys.executable, "-m", "lorafuse.plugin.bench_worker"]
+    # -P: what lies in the current folder is not imported, as it is not by the command itself.
+    command = [sys.executable, "-P", "-m", "lorafuse.plugin.bench_worker"]
     ended = False
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
         with subprocess.Popen(
@@ -152,8 +154,9 @@ def run_worker(
             assert process.stdin is not None and process.stdout is not None
             try:
                 progress(STARTING)
-                process.stdin.write(job.to_json())
-                process.stdin.close()
+                with suppress(BrokenPipeError):  # it died first; what it said is read below
+                    process.stdin.write(job.to_json())
+                    process.stdin.close()
                 for line in process.stdout:
                     event = json.loads(line)
                     kind = event.pop("event")

@@ -62,10 +62,11 @@ def lines_above(results: Results) -> Iterator[str]:
 
 def lines_below(results: Results) -> Iterator[str]:
     """What the numbers mean, and what else is to be said of each system."""
+    times = f" in each of {results.rounds} fresh processes" if results.rounds > 1 else ""
     yield (
-        f"tokens/s: of the median of {results.job.steps} steps in each of {results.rounds} "
-        "rounds, each in a fresh process; ±: half the range of single steps; 1st step: with "
-        "fusing and compiling; Δ: largest of any step, to stock (loss) and relative (gradient norm)"
+        f"tokens/s: of the median of {results.job.steps} steps{times}; ±: half the range of single "
+        "steps; 1st step: with fusing and compiling; Δ: the largest of any step, to stock (the "
+        "gradient norm's is relative); GB: 1e9 bytes"
     )
     for name, reason in results.skipped.items():
         yield f"{name}: not run: {reason}"

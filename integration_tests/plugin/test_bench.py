@@ -22,6 +22,7 @@ from lorafuse.plugin.cli import app
 from lorafuse.plugin.config import OPERATIONS, PREFIX
 from lorafuse.plugin.errors import FuseConfigError
 from lorafuse.plugin.geometries import GEOMETRIES, find_model
+from lorafuse.plugin.sketch import shrink
 
 SMALL = ("--device", "cpu", "--tokens", "32", "--rank", "4", "--steps", "2", "--rounds", "1")
 JOB = Job(
@@ -123,6 +124,37 @@ def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
     assert "stock: out of memory while building the model" in list(lines_below(results))
 
 
+def test_rounds_turn_around_and_leave_out_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, int]] = []
+
+    def one(job: Job, result: SystemResult, progress: Any) -> None:
+        ran.append((job.system, job.profile))
+        progress("step")
+        if job.system == "liger":
+            result.status = "failed"
+        elif job.system == "axolotl":
+            result.status, result.error = "unsupported", "no kernels"
+        else:
+            result.rounds.append(measured(1.0))
+
+    monkeypatch.setattr(bench, "run_worker", one)
+    monkeypatch.setattr(bench, "check_machine", lambda job: 1)
+    told: list[str] = []
+    results = bench.run(
+        replace(JOB, profile=3),
+        ["stock", "lorafuse", "liger", "axolotl"],
+        2,
+        {},
+        lambda label, stage: told.append(f"{label}: {stage}"),
+    )
+    assert ran == [
+        ("stock", 0), ("lorafuse", 0), ("liger", 0), ("axolotl", 0), ("lorafuse", 3), ("stock", 3),
+    ]  # fmt: skip
+    assert told[-1] == "round 2 of 2, stock: step"
+    assert results.skipped == {"axolotl": "no kernels"} and not results.complete
+    assert list(results.systems) == ["stock", "lorafuse", "liger"]
+
+
 def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         bench, "worker_environment", lambda: {"PYTHONHOME": "/nowhere", "PATH": "/nowhere"}
@@ -191,6 +223,19 @@ def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_geometries_have_the_published_numbers_of_parameters(name: str, billions: float) -> None:
     assert parameters(find_model(name)) / 1e9 == pytest.approx(billions, abs=0.0005)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_every_geometry_builds(name: str) -> None:
+    model = replace(find_model(name), config=shrink(GEOMETRIES[name]()))
+    base: Any = base_model(model, JOB)
+    assert not any(one.is_meta for one in (*base.parameters(), *base.buffers()))
+    assert {one.dtype for one in base.parameters()} == {torch.bfloat16}
+    assert base.model.rotary_emb.inv_freq.dtype == torch.float32
+    tied = base.lm_head.weight is base.model.embed_tokens.weight
+    assert tied == model.config.tie_word_embeddings
+    inputs = batch(JOB, model.config.vocab_size)
+    assert base(**inputs, use_cache=False).loss.isfinite()
 
 
 def test_every_geometry_is_in_the_help() -> None:
