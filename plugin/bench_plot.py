@@ -34,7 +34,7 @@ def plot(results: Results, path: Path) -> None:
 
     summaries = results.summaries()
     on_gpu = results.gpu is not None
-    figure = Figure(figsize=(10 if on_gpu else 5.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(11.5 if on_gpu else 5.5, 4.6), layout="constrained")
     axes = figure.subplots(1, 2 if on_gpu else 1, squeeze=False)[0]
     _bars(
         axes[0],
@@ -89,7 +89,7 @@ def _bars(
             axes.bar(
                 i, one[outline], width=0.62, fill=False, edgecolor=colour, linestyle="--", lw=1
             )
-        axes.text(i, tops[i] + 0.015 * top, label(one), ha="center", va="bottom", fontsize=10)
+        axes.text(i, tops[i] + 0.015 * top, label(one), ha="center", va="bottom", fontsize=9)
     axes.set_xticks(range(len(summaries)), list(summaries))
     axes.set_xlim(-0.6, len(summaries) - 0.4)
     axes.set_ylim(0, 1.18 * top)
