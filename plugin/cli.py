@@ -1,11 +1,14 @@
 """The command `lorafuse`.
 
 Exit code 0: the answer is printed, and the run would start. 1: it would not (a wrong setting,
-`fused_strict` with a fallback), or there is no answer.
+`fused_strict` with a fallback), or there is no answer (a system of `bench` failed).
 """
 
 import os
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -34,7 +37,7 @@ def _options(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print it, and go."),
     ] = False,
 ) -> None:
-    """With this, typer keeps `doctor` a command of its own although it is the only one."""
+    """What stands before any command."""
 
 
 @app.command()
@@ -55,9 +58,7 @@ def doctor(
     from lorafuse.plugin.environment import gpu_name, versions
     from lorafuse.plugin.errors import FuseConfigError, FuseError
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 120
+    console = _console()
     installed = [f"{name} {number or '(not installed)'}" for name, number in versions().items()]
     console.print(", ".join(installed))
     console.print(f"GPU: {gpu_name() or 'none on this machine'}")
@@ -73,8 +74,144 @@ def doctor(
         report.check_fused()
         report.check_called()
     except (FuseConfigError, FuseError) as error:
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {error}")
-        raise typer.Exit(1) from None
+        _fail(error)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|DIR",
+            help="A geometry with random weights (llama-3.1-8b, llama-3.1-70b, llama-3.2-1b, "
+            "qwen3-8b, mistral-7b, gemma-2-9b, smollm2-135m, tiny), or a model's folder.",
+        ),
+    ] = "llama-3.1-8b",
+    systems: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Of stock, lorafuse, liger, axolotl. Without it: all that can run here.",
+        ),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Only the model's first layers.")] = None,
+    quant: Annotated[str, typer.Option(metavar="nf4|none", help="Base weights.")] = "nf4",
+    rank: Annotated[int, typer.Option(help="Of LoRA, on all linear layers.")] = 32,
+    batch: Annotated[int, typer.Option(help="Rows a step.")] = 2,
+    tokens: Annotated[
+        int | None, typer.Option(help="Of each row. Without it: 4096, on a CPU 256.")
+    ] = None,
+    documents: Annotated[int, typer.Option(help="Packed into each row, of equal length.")] = 1,
+    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = True,
+    steps: Annotated[int, typer.Option(help="Timed ones a round, after two untimed.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Fresh processes of each system.")] = 2,
+    attention: Annotated[
+        str, typer.Option(metavar="NAME", help="transformers' attn_implementation.")
+    ] = "sdpa",
+    flag: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Of lorafuse: fused_attention=off. Repeatable."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="cuda|cpu", help="Without it: cuda where there is one.")
+    ] = None,
+    profile: Annotated[
+        int, typer.Option(metavar="N", help="The N costliest GPU kernels of one more step.")
+    ] = 0,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write everything, step by step.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw speed and memory.")
+    ] = None,
+) -> None:
+    """Time whole training steps, stock against fused, on this machine.
+
+    Each system trains the same model, adapters and tokens in processes of its own, in turn.
+    Nothing is downloaded. A system that is not installed, or has no kernels for the model, is
+    named; one that runs out of memory is a result.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from lorafuse.plugin.bench import choose, default_device, run
+    from lorafuse.plugin.bench_job import Job, read_flags
+    from lorafuse.plugin.bench_plot import check_plot
+    from lorafuse.plugin.bench_plot import plot as draw
+    from lorafuse.plugin.bench_table import lines_above, lines_below, profiles, table
+    from lorafuse.plugin.errors import FuseConfigError
+
+    console = _console()
+    try:
+        device = device or default_device()
+        job = Job(
+            system="",
+            model=model,
+            layers=layers,
+            quant=quant,
+            rank=rank,
+            batch=batch,
+            tokens=tokens if tokens is not None else (4096 if device == "cuda" else 256),
+            documents=documents,
+            checkpointing=checkpointing,
+            steps=steps,
+            attention=attention,
+            device=device,
+            flags=read_flags(flag or []),
+            profile=profile,
+        )
+        chosen, skipped = choose(systems, job)
+        for name, path in (("--json", json), ("--plot", plot)):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise FuseConfigError(f"{name} {path}: there is no folder {path.parent}")
+        if plot is not None:
+            check_plot(plot)
+        with _progress() as progress:
+            results = run(job, chosen, rounds, skipped, progress)
+    except FuseConfigError as error:
+        _fail(error)
+    for line in lines_above(results):
+        console.print(line)
+    console.print(table(results), soft_wrap=False)
+    for line in (*lines_below(results), *profiles(results)):
+        console.print(line)
+    if json is not None:
+        _write_json(json, results.to_dict())
+        console.print(f"written: {json}")
+    if plot is not None:
+        draw(results, plot)
+        console.print(f"written: {plot}")
+    if not results.complete:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, str], None]]:
+    """On stderr: a line that changes, or in a log one line for each process."""
+    from lorafuse.plugin.bench import STARTING
+
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    if console.is_terminal:
+        with console.status("checking the machine") as status:
+            yield lambda label, stage: status.update(f"{label}: {stage}")
+    else:
+        yield lambda label, stage: console.print(label) if stage == STARTING else None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    import json
+
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _console() -> Console:
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 120
+    return console
+
+
+def _fail(error: Exception) -> NoReturn:
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {error}")
+    raise typer.Exit(1) from None
 
 
 def main() -> None:

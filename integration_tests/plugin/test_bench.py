@@ -1,0 +1,372 @@
+"""`lorafuse bench`: real worker processes on the CPU, and what becomes of their results."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig
+from typer.testing import CliRunner, Result
+
+from lorafuse.plugin import bench, bench_plot
+from lorafuse.plugin.bench_job import Job
+from lorafuse.plugin.bench_model import adapted, base_model, batch, parameters
+from lorafuse.plugin.bench_plot import plot
+from lorafuse.plugin.bench_results import Results, SystemResult
+from lorafuse.plugin.bench_table import lines_below, profiles, table
+from lorafuse.plugin.bench_worker import busy, is_out_of_memory, work
+from lorafuse.plugin.cli import app
+from lorafuse.plugin.config import OPERATIONS, PREFIX
+from lorafuse.plugin.errors import FuseConfigError
+from lorafuse.plugin.geometries import GEOMETRIES, find_model
+from lorafuse.plugin.sketch import shrink
+
+SMALL = ("--device", "cpu", "--tokens", "32", "--rank", "4", "--steps", "2", "--rounds", "1")
+JOB = Job(
+    system="stock",
+    model="tiny",
+    layers=None,
+    quant="none",
+    rank=4,
+    batch=2,
+    tokens=32,
+    documents=1,
+    checkpointing=False,
+    steps=2,
+    attention="sdpa",
+    device="cpu",
+)
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_stock_and_fused_train_the_same_curve(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    result = invoke(*SMALL, "--model", "tiny", "--json", str(file), "--plot", str(picture))
+    assert result.exit_code == 0, result.output
+    assert "times say nothing about a GPU" in result.stdout
+    assert "axolotl: not run: " in result.stdout and "liger: not run: " in result.stdout
+    assert "lorafuse: fused lora_mlp 2/2, lora_qkv 2/2, lora_o 2/2" in result.stdout
+    assert "command: lorafuse bench --model tiny --quant nf4 --rank 4" in result.stdout
+    content = json.loads(file.read_text("utf-8"))
+    assert list(content["systems"]) == ["stock", "lorafuse"]
+    assert set(content["skipped"]) == {"liger", "axolotl"}
+    assert content["arguments"]["tokens"] == 32 and content["arguments"]["quant"] == "nf4"
+    assert content["parameters"] == parameters(find_model("tiny"))
+    assert content["versions"]["torch"] == torch.__version__ and content["gpu"] is None
+    for one in content["systems"].values():
+        (measured,) = one["rounds"]
+        # The first, one more untimed, and the timed ones.
+        assert len(measured["losses"]) == len(measured["gradient_norms"]) == 4
+        assert len(measured["step_ms"]) == 2 and min(measured["step_ms"]) > 0
+        assert measured["losses"][-1] < measured["losses"][0]
+        assert one["tokens_per_s"] == pytest.approx(64e3 / one["step_ms"])
+        assert one["first_step_s"] > 0 and one["peak_allocated_GB"] is None
+    stock, fused = content["systems"]["stock"], content["systems"]["lorafuse"]
+    assert stock["largest_loss_difference"] == 0
+    # bf16's last place at a loss of 6 is 0.03; the mean of 62 tokens' losses is nearer.
+    assert fused["largest_loss_difference"] < 1e-2
+    assert fused["largest_relative_gradient_norm_difference"] < 2e-2
+    report = fused["rounds"][0]["report"]
+    assert report["steps"] == 4
+    for name in OPERATIONS[:-1]:
+        operation = report["operations"][name.removeprefix(PREFIX)]
+        assert operation["called"] == operation["found"] > 0, name
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_a_failing_system_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    folder = tmp_path / "gpt2"
+    GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=1,
+               eos_token_id=1).save_pretrained(folder)  # fmt: skip
+    options = ("--model", str(folder), "--quant", "none", "--no-checkpointing")
+    result = invoke(*SMALL, *options, "--flag", "fused_strict=true", "--json",
+                    str(tmp_path / "b.json"))  # fmt: skip
+    assert result.exit_code == 1, result.output
+    assert "lorafuse: failed while running the first step: FuseError: fused_strict" in result.stdout
+    content = json.loads((tmp_path / "b.json").read_text("utf-8"))
+    assert content["systems"]["lorafuse"]["status"] == "failed"
+    assert content["systems"]["stock"]["status"] == "ok"
+    assert content["arguments"]["flags"] == {"fused_strict": True}
+
+
+def here(job: Job) -> list[dict[str, Any]]:
+    """The events of a worker, in this process."""
+    events: list[dict[str, Any]] = []
+    work(job, lambda event, **what: events.append({"event": event} | what))
+    return events
+
+
+def test_packed_documents_and_flags() -> None:
+    packed = replace(JOB, documents=4, flags={"fused_rope": True, "fused_lora_qkv": True})
+    stock, fused = here(packed)[-1], here(replace(packed, system="lorafuse"))[-1]
+    assert fused["losses"] == pytest.approx(stock["losses"], abs=1e-2)
+    assert fused["gradient_norms"] == pytest.approx(stock["gradient_norms"], rel=2e-2)
+    operations = fused["report"]["operations"]
+    assert operations["lora_qkv"]["called"] == 2 and not operations["lora_mlp"]["asked"]
+    assert "--documents 4 " in packed.command([], 1)
+    assert "--flag fused_rope=true" in packed.command([], 1)
+
+
+def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
+    LlamaConfig(vocab_size=2**40, hidden_size=64, num_attention_heads=2).save_pretrained(tmp_path)
+    stage, end = here(replace(JOB, model=str(tmp_path)))
+    assert (stage["stage"], end["event"]) == ("building the model", "out of memory"), end
+    results = make_results(SystemResult("stock", [], end["event"], end["error"], stage["stage"]))
+    assert not results.complete
+    assert "stock: out of memory while building the model" in list(lines_below(results))
+
+
+def test_rounds_turn_around_and_leave_out_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, int]] = []
+
+    def one(job: Job, result: SystemResult, progress: Any) -> None:
+        ran.append((job.system, job.profile))
+        progress("step")
+        if job.system == "liger":
+            result.status = "failed"
+        elif job.system == "axolotl":
+            result.status, result.error = "unsupported", "no kernels"
+        else:
+            result.rounds.append(measured(1.0))
+
+    monkeypatch.setattr(bench, "run_worker", one)
+    monkeypatch.setattr(bench, "check_machine", lambda job: 1)
+    told: list[str] = []
+    results = bench.run(
+        replace(JOB, profile=3),
+        ["stock", "lorafuse", "liger", "axolotl"],
+        2,
+        {},
+        lambda label, stage: told.append(f"{label}: {stage}"),
+    )
+    assert ran == [
+        ("stock", 0), ("lorafuse", 0), ("liger", 0), ("axolotl", 0), ("lorafuse", 3), ("stock", 3),
+    ]  # fmt: skip
+    assert told[-1] == "round 2 of 2, stock: step"
+    assert results.skipped == {"axolotl": "no kernels"} and not results.complete
+    assert list(results.systems) == ["stock", "lorafuse", "liger"]
+
+
+def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        bench, "worker_environment", lambda: {"PYTHONHOME": "/nowhere", "PATH": "/nowhere"}
+    )
+    result = SystemResult("stock")
+    bench.run_worker(JOB, result)
+    assert result.status == "failed" and "its process ended with code 1" in result.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "llama-3.1-8B"), "did you mean `llama-3.1-8b`"),
+        (("--model", "llama-3.1-8b"), "has 8.03 billion parameters, too many for a CPU"),
+        (("--model", "tiny", "--layers", "3"), "the model has 2; give 1 to 2"),
+        (("--model", "."), "has no config.json"),
+        (("--systems", "stock,unsloth"), "--systems unsloth is unknown"),
+        (("--systems", "axolotl"), "--systems axolotl cannot run here: "),
+        (("--systems", "stock", "--flag", "fused_rope=true"), "--flag has no effect"),
+        (("--model", "tiny", "--flag", "fused_ropes=true"), "did you mean `fused_rope`"),
+        (("--model", "tiny", "--flag", "fused_rope"), "write NAME=VALUE"),
+        (("--model", "tiny", "--documents", "5"), "give a multiple"),
+        (("--model", "tiny", "--documents", "32"), "nothing to predict"),
+        (("--model", "tiny", "--batch", "0"), "--batch 0: give 1 or more"),
+        (("--model", "tiny", "--rounds", "0"), "--rounds 0: give 1 or more"),
+        (("--model", "tiny", "--quant", "int8"), "use nf4 or none"),
+        (("--model", "tiny", "--profile", "9"), "--profile lists a GPU's kernels"),
+        (("--model", "tiny", "--plot", "a.pdf"), "the picture is a PNG"),
+        (("--model", "tiny", "--json", "no/such/a.json"), "there is no folder no/such"),
+    ],
+)
+def test_wrong_settings(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    # What typer takes twice, it takes from the end.
+    result = invoke(*SMALL[:-2], *arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ") and message in result.stderr, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")
+def test_a_gpu_that_is_not_there() -> None:
+    result = invoke("--device", "cuda", "--systems", "stock")
+    assert result.exit_code == 1 and "torch sees no CUDA GPU" in result.stderr
+
+
+def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench_plot, "find_spec", lambda name: None)
+    result = invoke(*SMALL, "--model", "tiny")
+    assert "pip install bitsandbytes, or use --quant none" in result.stderr
+    result = invoke(*SMALL, "--model", "tiny", "--plot", "a.png")
+    assert "pip install 'lorafuse[bench]'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama-3.1-8b", 8.030),
+        ("llama-3.1-70b", 70.554),
+        ("llama-3.2-1b", 1.236),
+        ("qwen3-8b", 8.191),
+        ("mistral-7b", 7.248),
+        ("gemma-2-9b", 9.242),
+        ("smollm2-135m", 0.1345),
+    ],
+)
+def test_geometries_have_the_published_numbers_of_parameters(name: str, billions: float) -> None:
+    assert parameters(find_model(name)) / 1e9 == pytest.approx(billions, abs=0.0005)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_every_geometry_builds(name: str) -> None:
+    model = replace(find_model(name), config=shrink(GEOMETRIES[name]()))
+    base: Any = base_model(model, JOB)
+    assert not any(one.is_meta for one in (*base.parameters(), *base.buffers()))
+    assert {one.dtype for one in base.parameters()} == {torch.bfloat16}
+    assert base.model.rotary_emb.inv_freq.dtype == torch.float32
+    tied = base.lm_head.weight is base.model.embed_tokens.weight
+    assert tied == model.config.tie_word_embeddings
+    inputs = batch(JOB, model.config.vocab_size)
+    assert base(**inputs, use_cache=False).loss.isfinite()
+
+
+def test_every_geometry_is_in_the_help() -> None:
+    help_text = invoke("--help").output
+    assert all(name in help_text for name in GEOMETRIES)
+
+
+def test_fewer_layers_cut_their_lists_too() -> None:
+    config = find_model("gemma-2-9b", 3).config
+    assert config.num_hidden_layers == 3
+    assert config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def test_a_folder_with_weights_is_loaded(tmp_path: Path) -> None:
+    saved = base_model(find_model("tiny"), JOB)
+    saved.save_pretrained(tmp_path)
+    model = find_model(str(tmp_path))
+    assert model.weights == tmp_path
+    loaded = base_model(model, replace(JOB, model=str(tmp_path)))
+    for (name, one), other in zip(saved.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    quantised = base_model(model, replace(JOB, model=str(tmp_path), quant="nf4"))
+    quantised.save_pretrained(tmp_path / "4bit")
+    with pytest.raises(FuseConfigError, match="are quantised with bitsandbytes"):
+        base_model(find_model(str(tmp_path / "4bit")), JOB)
+
+
+def test_nf4_gets_the_adapters_of_a_real_qlora_run() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    from peft.tuners.lora.bnb import Linear4bit
+
+    job = replace(JOB, quant="nf4")
+    model: Any = adapted(base_model(find_model("tiny"), job), job)
+    layers = model.get_base_model().model.layers
+    projection = layers[0].mlp.up_proj
+    assert isinstance(projection, Linear4bit)
+    assert isinstance(projection.base_layer, bnb.nn.Linear4bit)
+    assert projection.base_layer.weight.quant_state.nested
+    assert type(model.get_base_model().lm_head) is torch.nn.Linear
+    assert projection.lora_B["default"].weight.abs().max() > 0
+
+
+def test_packing() -> None:
+    packed = batch(replace(JOB, documents=4), 64)
+    whole = batch(JOB, 64)
+    assert torch.equal(packed["input_ids"], whole["input_ids"]) and "position_ids" not in whole
+    assert torch.equal(packed["position_ids"][1], torch.arange(8).repeat(4))
+    assert (packed["labels"] == -100).sum() == 8
+    assert torch.equal(whole["labels"], whole["input_ids"])
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    job = replace(JOB, documents=4)
+    model = adapted(base_model(find_model("tiny"), job), job).float()
+    inputs = batch(job, 512)
+    rows = inputs["input_ids"].reshape(-1, 8)
+    packed = model(**inputs, use_cache=False).loss
+    assert packed.item() == pytest.approx(model(input_ids=rows, labels=rows).loss.item(), rel=1e-6)
+
+
+def test_busy_time_counts_overlaps_once() -> None:
+    assert busy([(4, 5), (0, 2), (1, 3), (1, 2)]) == 4
+    assert busy([]) == 0
+
+
+def test_out_of_memory_errors() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert not is_out_of_memory(RuntimeError("a shape"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def measured(*step_ms: float, losses: tuple[float, ...] = (2.0, 1.0)) -> dict[str, Any]:
+    """What a worker on a GPU answers."""
+    kernel = {"name": "gemm", "ms": 6.0, "count": 3}
+    return {
+        "variant": "",
+        "setup_s": 1.0,
+        "first_step_s": 2.0,
+        "step_ms": list(step_ms),
+        "losses": list(losses),
+        "gradient_norms": [1.0, 2.0],
+        "peak_allocated_GB": 4.0,
+        "peak_reserved_GB": 5.0,
+        "first_step_peak_allocated_GB": 6.0,
+        "profile": {"busy_ms": 8.0, "wall_ms": 15.0, "kernels": [kernel]},
+    }
+
+
+def make_results(*systems: SystemResult) -> Results:
+    return Results(
+        job=replace(JOB, system="", device="cuda"),
+        rounds=2,
+        systems={one.name: one for one in systems},
+        skipped={},
+        parameters=1,
+        allocator="A=B",
+        date=datetime(2026, 1, 2, tzinfo=UTC),
+    )
+
+
+def test_what_is_made_of_the_rounds(tmp_path: Path) -> None:
+    machine = {"gpu": "A GPU", "free_GB": 70.0, "total_GB": 80.0}
+    stock = SystemResult("stock", [measured(20, 22), measured(18, 20)], machine=machine)
+    fused = measured(10, 10, losses=(2.25, 1.0))
+    lorafuse = SystemResult("lorafuse", [measured(10, 11), fused], machine=machine)
+    liger = SystemResult("liger", [], "out of memory", "OutOfMemoryError", "step 1 of 2", machine)
+    results = make_results(stock, lorafuse, liger)
+    assert results.complete and results.gpu == "A GPU"
+    one = results.summaries()["lorafuse"]
+    assert one["tokens_per_s"] == 6400 and one["ratio"] == 2 and one["first_step_s"] == 3
+    assert one["tokens_per_s_of_rounds"] == pytest.approx([64e3 / 10.5, 6400])
+    assert one["largest_loss_difference"] == 0.25
+    lines = list(lines_below(results))
+    assert "liger: out of memory while running step 1 of 2" in lines
+    assert any("its first step peaked at 6.0 GB" in line for line in lines)
+    assert any("others held up to 10.0 GB" in line for line in lines)
+    profile = list(profiles(results))
+    assert profile[0].startswith("stock, one step: GPU busy 8.0 ms, idle 12.0 ms of the median")
+    assert table(results).row_count == 3
+    plot(results, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+    failed = make_results(stock, SystemResult("lorafuse", [], "failed", "why", ""))
+    assert not failed.complete
+    assert "lorafuse: failed while starting: why" in list(lines_below(failed))
+
+
+def test_one_allocator_setting_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert bench.allocator_setting().endswith("ALLOC_CONF=expandable_segments:True")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert bench.allocator_setting() == "PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64"
+    assert "PYTORCH_ALLOC_CONF" not in bench.worker_environment()

@@ -1,0 +1,204 @@
+"""`lorafuse bench`: stock against fused on this machine, in interleaved rounds.
+
+A round runs each system once, in a fresh process, one after the other: an 8B model whose
+activations are all kept fills a GPU alone, and neither patches nor peaks of one system reach
+another. Rounds go through the systems in turn forwards and backwards, so that a GPU that slows down
+as it warms up favours none. Medians are over the timed steps of all rounds.
+
+The processes get one allocator setting, `expandable_segments:True`, unless the environment has one
+already: Axolotl sets it for its own runs, and it keeps fragmentation from deciding who runs out of
+memory.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+
+from lorafuse.plugin.bench_job import Job
+from lorafuse.plugin.bench_model import parameters
+from lorafuse.plugin.bench_results import Results, SystemResult
+from lorafuse.plugin.bench_systems import SYSTEMS, why_not
+from lorafuse.plugin.config import FuseConfig
+from lorafuse.plugin.errors import FuseConfigError
+from lorafuse.plugin.geometries import find_model
+
+# A step of this many parameters takes a CPU some minutes at 2 x 256 tokens.
+MOST_ON_CPU = 500e6
+# Told which process runs, and what it does now; first of all STARTING.
+Progress = Callable[[str, str], None]
+STARTING = "starting"
+
+
+def default_device() -> str:
+    """The GPU where there is one. This process leaves its memory to the workers."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose(asked: str | None, job: Job) -> tuple[list[str], dict[str, str]]:
+    """The systems to run, and those that cannot run here, with the reason.
+
+    Args:
+        asked: Names with commas between; None: all that can run.
+        job: Whose device and flags count.
+
+    Raises:
+        FuseConfigError: One that was asked for by name is unknown or cannot run here.
+    """
+    reasons = {name: why_not(name, job.device) for name in SYSTEMS}
+    if asked is None:
+        able = [name for name, reason in reasons.items() if reason is None]
+        return able, {name: reason for name, reason in reasons.items() if reason is not None}
+    names = list(dict.fromkeys(name.strip() for name in asked.split(",")))
+    for name in names:
+        if name not in SYSTEMS:
+            raise FuseConfigError(f"--systems {name} is unknown; use some of {','.join(SYSTEMS)}")
+        if (reason := reasons[name]) is not None:
+            raise FuseConfigError(f"--systems {name} cannot run here: {reason}")
+    if job.flags and "lorafuse" not in names:
+        raise FuseConfigError("--flag has no effect, for --systems leaves lorafuse out")
+    return names, {}
+
+
+def check_machine(job: Job) -> int:
+    """Refuses what cannot work before any process is started.
+
+    Returns:
+        The number of the model's parameters.
+
+    Raises:
+        FuseConfigError: With what to do instead.
+    """
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise FuseConfigError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    if job.quant == "nf4" and find_spec("bitsandbytes") is None:
+        raise FuseConfigError(
+            "--quant nf4 needs bitsandbytes, which is not installed; "
+            "pip install bitsandbytes, or use --quant none"
+        )
+    if job.profile and job.device != "cuda":
+        raise FuseConfigError("--profile lists a GPU's kernels; there is none with --device cpu")
+    FuseConfig(**job.flags)
+    count = parameters(find_model(job.model, job.layers))
+    if job.device == "cpu" and count > MOST_ON_CPU:
+        raise FuseConfigError(
+            f"--model {job.model} has {count / 1e9:.2f} billion parameters, too many for a CPU "
+            f"(at most {MOST_ON_CPU / 1e9:.1f}); use --model tiny or smollm2-135m here, or a "
+            "machine with a CUDA GPU"
+        )
+    return count
+
+
+def run(
+    job: Job,
+    systems: Sequence[str],
+    rounds: int,
+    skipped: dict[str, str],
+    progress: Progress = lambda label, stage: None,
+) -> Results:
+    """Runs each system once a round. One that ends badly is left out of the later rounds.
+
+    Args:
+        job: What all systems do.
+        systems: By name; all can run here.
+        rounds: At least 1.
+        skipped: For the results only.
+        progress: Told what happens now.
+
+    Raises:
+        FuseConfigError: The job cannot work on this machine.
+    """
+    if rounds < 1:
+        raise FuseConfigError(f"--rounds {rounds}: give 1 or more")
+    count = check_machine(job)
+    found = {name: SystemResult(name) for name in systems}
+    for i in range(rounds):
+        for name in list(systems) if i % 2 == 0 else list(reversed(systems)):
+            if found[name].status == "ok":
+                this = replace(job, system=name, profile=job.profile if i == rounds - 1 else 0)
+                label = f"round {i + 1} of {rounds}, {name}"
+                run_worker(this, found[name], partial(progress, label))
+    skipped = dict(skipped)
+    for name, one in list(found.items()):
+        if one.status == "unsupported":
+            skipped[name] = one.error
+            del found[name]
+    return Results(job, rounds, found, skipped, count, allocator_setting(), datetime.now(UTC))
+
+
+def run_worker(
+    job: Job, result: SystemResult, progress: Callable[[str], None] = lambda stage: None
+) -> None:
+    """One process of one system; what it measured, or how it ended, is entered into `result`."""
+    # -P: what lies in the current folder is not imported, as it is not by the command itself.
+    command = [sys.executable, "-P", "-m", "lorafuse.plugin.bench_worker"]
+    ended = False
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=noise,
+            env=worker_environment(),
+            encoding="utf-8",
+        ) as process:
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                progress(STARTING)
+                with suppress(BrokenPipeError):  # it died first; what it said is read below
+                    process.stdin.write(job.to_json())
+                    process.stdin.close()
+                for line in process.stdout:
+                    event = json.loads(line)
+                    kind = event.pop("event")
+                    if kind == "machine":
+                        result.machine = event
+                        continue
+                    if kind == "stage":
+                        result.stage = event["stage"]
+                        progress(result.stage)
+                        continue
+                    ended = True
+                    if kind == "done":
+                        result.rounds.append(event)
+                    else:
+                        result.status, result.error = kind, event["error"]
+            except BaseException:
+                process.kill()
+                raise
+        if not ended:
+            noise.seek(0)
+            lines = [line.strip() for line in noise if line.strip()]
+            said = lines[-1] if lines else "it said nothing"
+            result.status = "failed"
+            result.error = f"its process ended with code {process.returncode}: {said}"
+
+
+def worker_environment() -> dict[str, str]:
+    """Of every system alike: nothing is downloaded or reported, one allocator setting."""
+    fixed = {
+        "HF_HUB_OFFLINE": "1",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    name, value = allocator_setting().split("=", 1)
+    return os.environ | fixed | {name: value}
+
+
+def allocator_setting() -> str:
+    """NAME=VALUE of the environment variable that torch reads."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if name in os.environ:
+            return f"{name}={os.environ[name]}"
+    newer = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
+    name = "PYTORCH_ALLOC_CONF" if newer else "PYTORCH_CUDA_ALLOC_CONF"
+    return f"{name}=expandable_segments:True"
