@@ -1,0 +1,210 @@
+r"""AdamW with bitsandbytes' 8-bit states, all tensors in one launch.
+
+For a block of 256 elements, with c the states' codes, q_1 and q_2 bitsandbytes' dynamic maps
+(ascending, 256 entries; q_1 signed) and a their scales:
+
+    m = b1 q_1[c1] a1 + (1 - b1) g        v = b2 q_2[c2] a2 + (1 - b2) g^2
+    p = (p - lr C2 / C1  m / (sqrt(v) + C2 eps)) (1 - lr decay)       C1 = 1 - b1^t, C2^2 = 1 - b2^t
+    a1 = max |m|     a2 = max v           over the block
+    c1 = nearest(q_1, m / a1), but never of the other sign     c2 = nearest(q_2, v / a2)
+
+An element whose gradient is not finite keeps its p and loses its states. Everything is fp32; p and
+g are fp32, fp16 or bf16. p, g, c1, c2: [n] of each tensor; a1, a2: [ceil(n / 256)].
+
+bitsandbytes launches one kernel a tensor and waits for it: an 8B model with LoRA on all linears has
+448. Here a table of addresses, rebuilt each step for gradients are new each time, serves all.
+
+Kingma and Ba, 2014, https://arxiv.org/abs/1412.6980; Loshchilov and Hutter, 2017,
+https://arxiv.org/abs/1711.05101; Dettmers et al., 2021, https://arxiv.org/abs/2110.02861
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafuse.kernels.runtime import launch_device, tl, triton, use_triton
+
+__all__ = ["BLOCK", "AdamOptions", "AdamTensor", "adam_8bit_", "reference_", "serves"]
+
+BLOCK = 256  # elements that share a scale: bitsandbytes'
+_TILE_BLOCKS = 8
+_COLUMNS = 7  # of the table: six addresses and the number of elements
+_ALIGNMENT = 16  # bytes
+
+
+@dataclass(frozen=True)
+class AdamOptions:
+    """What a launch's tensors have in common.
+
+    Attributes:
+        lr, beta1, beta2, eps, weight_decay: as in `torch.optim.AdamW`.
+        step: t, from 1 on.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+
+    @property
+    def corrections(self) -> tuple[float, float]:
+        """(lr C2 / C1, C2 eps)."""
+        C1, C2 = 1 - self.beta1**self.step, math.sqrt(1 - self.beta2**self.step)
+        return self.lr * C2 / C1, C2 * self.eps
+
+
+@dataclass(frozen=True, eq=False)
+class AdamTensor:
+    """One parameter with its gradient and states; `p` and the states are written."""
+
+    p: Tensor  # [n], fp32, fp16 or bf16
+    g: Tensor  # [n], as p
+    c1: Tensor  # [n] uint8
+    c2: Tensor  # [n] uint8
+    a1: Tensor  # [ceil(n / 256)] fp32
+    a2: Tensor  # as a1
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.p, self.g, self.c1, self.c2, self.a1, self.a2
+
+
+def reference_(one: AdamTensor, q1: Tensor, q2: Tensor, options: AdamOptions) -> None:
+    """The definition, for one tensor."""
+    n = one.p.numel()
+    blocks = -(-n // BLOCK)
+    rate, eps = options.corrections
+
+    def in_blocks(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x.flatten().float(), (0, blocks * BLOCK - n)).view(-1, BLOCK)
+
+    g = in_blocks(one.g)
+    finite = g.isfinite()
+    m = options.beta1 * in_blocks(q1[one.c1.int()]) * one.a1[:, None] + (1 - options.beta1) * g
+    v = options.beta2 * in_blocks(q2[one.c2.int()]) * one.a2[:, None] + (1 - options.beta2) * g * g
+    m, v = m.where(finite, 0), v.where(finite, 0)
+    p = in_blocks(one.p)
+    updated = (p - rate * m / (v.sqrt() + eps)) * (1 - options.lr * options.weight_decay)
+    one.p.copy_(updated.where(finite, p).flatten()[:n].view(one.p.shape))
+    for x, q, c, a in ((m, q1, one.c1, one.a1), (v, q2, one.c2, one.a2)):
+        a.copy_(x.abs().amax(1))
+        codes = _nearest_reference(x / a[:, None].where(a[:, None] > 0, 1), q)
+        codes += ((x > 0) & (q[codes] < 0)).long() - ((x < 0) & (q[codes] >= 0)).long()
+        c.copy_(codes.flatten()[:n].view(c.shape))
+
+
+def _nearest_reference(x: Tensor, q: Tensor) -> Tensor:
+    low = (torch.searchsorted(q, x.contiguous(), right=True) - 1).clamp(0, q.numel() - 1)
+    high = (low + 1).clamp_max(q.numel() - 1)
+    return torch.where(x - q[low] > q[high] - x, high, low)
+
+
+@triton.jit
+def _nearest(x, q_ptr):
+    """Index of the entry of the ascending q [256] that is nearest to x."""
+    low = tl.zeros_like(x).to(tl.int32)
+    for bit in tl.static_range(8):
+        higher = low + (128 >> bit)
+        low = tl.where(tl.load(q_ptr + higher) <= x, higher, low)
+    high = tl.minimum(low + 1, 255)
+    return tl.where(x - tl.load(q_ptr + low) > tl.load(q_ptr + high) - x, high, low)
+
+
+@triton.jit
+def _address(entry, column: tl.constexpr, like):
+    return tl.multiple_of(tl.load(entry + column).to(like.dtype), 16)
+
+
+@triton.jit
+def _adam_8bit_kernel(
+    table_ptr, q1_ptr, q2_ptr, p_like, g_like, c_like, a_like,
+    rate, eps, beta1, beta2, keep,
+    COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """BLOCKS blocks of SIZE elements of tensor `program_id(1)`; the `_like`s give dtypes only."""
+    entry = table_ptr + tl.program_id(1) * COLUMNS
+    n = tl.load(entry + 6)
+    first_block = tl.program_id(0).to(tl.int64) * BLOCKS
+    if first_block * SIZE < n:
+        p_ptr, g_ptr = _address(entry, 0, p_like), _address(entry, 1, g_like)
+        c1_ptr, c2_ptr = _address(entry, 2, c_like), _address(entry, 3, c_like)
+        a1_ptr, a2_ptr = _address(entry, 4, a_like), _address(entry, 5, a_like)
+        o_block = first_block + tl.arange(0, BLOCKS)
+        o = o_block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+        m_block, mask = o_block * SIZE < n, o < n
+        g = tl.load(g_ptr + o, mask, 0.0).to(tl.float32)
+        p = tl.load(p_ptr + o, mask, 0.0).to(tl.float32)
+        a1 = tl.load(a1_ptr + o_block, m_block, 0.0)[:, None]
+        a2 = tl.load(a2_ptr + o_block, m_block, 0.0)[:, None]
+        m = tl.load(q1_ptr + tl.load(c1_ptr + o, mask, 0).to(tl.int32)) * a1
+        v = tl.load(q2_ptr + tl.load(c2_ptr + o, mask, 0).to(tl.int32)) * a2
+        # also false for NaN
+        finite = mask & (tl.abs(g) < float("inf"))
+        m = tl.where(finite, beta1 * m + (1.0 - beta1) * g, 0.0)
+        v = tl.where(finite, beta2 * v + (1.0 - beta2) * g * g, 0.0)
+        updated = (p - rate * m / (tl.sqrt_rn(v) + eps)) * keep
+        tl.store(p_ptr + o, updated.to(p_ptr.dtype.element_ty), finite)
+
+        a1, a2 = tl.max(tl.abs(m), 1), tl.max(v, 1)
+        tl.store(a1_ptr + o_block, a1, m_block)
+        tl.store(a2_ptr + o_block, a2, m_block)
+        a1, a2 = tl.where(a1 > 0, a1, 1.0)[:, None], tl.where(a2 > 0, a2, 1.0)[:, None]
+        c1 = _nearest(m / a1, q1_ptr)
+        q = tl.load(q1_ptr + c1)
+        c1 += ((m > 0) & (q < 0)).to(tl.int32) - ((m < 0) & (q >= 0)).to(tl.int32)
+        tl.store(c1_ptr + o, c1.to(tl.uint8), mask)
+        tl.store(c2_ptr + o, _nearest(v / a2, q2_ptr).to(tl.uint8), mask)
+
+
+def serves(one: AdamTensor) -> bool:
+    """Whether the kernel can take this tensor: on a GPU, contiguous, aligned."""
+    return (
+        use_triton(one.p)
+        and one.g.dtype == one.p.dtype
+        and one.c1.dtype == one.c2.dtype == torch.uint8
+        and all(
+            x.device == one.p.device and x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0
+            for x in one.tensors
+        )
+    )
+
+
+def adam_8bit_(tensors: Sequence[AdamTensor], q1: Tensor, q2: Tensor, options: AdamOptions) -> None:
+    """One step of AdamW on all `tensors`, in place, without waiting for the GPU.
+
+    Args:
+        tensors: of one device and dtype; on a GPU each as `serves` wants it.
+        q1: [256] fp32, ascending: the map of the first states' codes.
+        q2: as q1, of the second ones'.
+        options: of all of them.
+
+    Raises:
+        ValueError: the maps do not fit.
+    """
+    for q in (q1, q2):
+        if q.shape != (256,) or q.dtype != torch.float32 or not q.is_contiguous():
+            raise ValueError(f"a map must be [256] fp32, got {tuple(q.shape)} of {q.dtype}")
+    if not tensors:
+        return
+    if not all(serves(one) for one in tensors):
+        for one in tensors:
+            reference_(one, q1, q2, options)
+        return
+    first = tensors[0]
+    device = first.p.device
+    rows = [[*(x.data_ptr() for x in one.tensors), one.p.numel()] for one in tensors]
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    table = table.to(device, non_blocking=True)
+    longest = max(one.p.numel() for one in tensors)
+    rate, eps = options.corrections
+    with launch_device(first.p):
+        _adam_8bit_kernel[(triton.cdiv(longest, BLOCK * _TILE_BLOCKS), len(tensors))](
+            table, q1, q2, first.p, first.g, first.c1, first.a1,
+            rate, eps, options.beta1, options.beta2, 1 - options.lr * options.weight_decay,
+            COLUMNS=_COLUMNS, BLOCKS=_TILE_BLOCKS, SIZE=BLOCK, num_warps=8,
+        )  # fmt: skip
