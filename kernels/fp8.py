@@ -59,7 +59,12 @@ def balance(top: Tensor, scale: Tensor, log2: int) -> Tensor:
     """c = 2^j: top / (c * scale) is in [2^(log2 - 1), 2^log2). |j| <= 60; -60 for a top of 0."""
     ratio = top / scale
     j = torch.where(ratio > 0, torch.frexp(ratio).exponent - log2, -60).clamp(-60, 60)
-    return torch.exp2(j.to(top.dtype))
+    return ((j.int() + 127) << 23).view(torch.float32)
+
+
+def _over_max(top: Tensor) -> Tensor:
+    # By a tensor: on a GPU, torch divides by a number by multiplying with its rounded inverse.
+    return top / torch.full_like(top, MAX)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +87,7 @@ class Fold:
 
 def weight_scale(tops: Tensor) -> Tensor:
     """The weight's scale from its largest |element|, `tops[0]`."""
-    return tops[0].clamp_min(2.0**-40) / MAX
+    return _over_max(tops[0].clamp_min(2.0**-40))
 
 
 def quantise_rows_reference(x: Tensor, out: Tensor, scale: Tensor, fold: Fold | None) -> None:
@@ -94,7 +99,7 @@ def quantise_rows_reference(x: Tensor, out: Tensor, scale: Tensor, fold: Fold | 
         U = fold.U[:, : fold.rank].float()
         U = U * balance(fold.tops[1 : 1 + fold.rank], weight_scale(fold.tops), fold.log2)
     top = torch.cat((wide, U), 1).abs().amax(1, keepdim=True).clamp_min(_SMALLEST)
-    scale.copy_(top / MAX)
+    scale.copy_(_over_max(top))
     inverse = 1 / scale
     hi = e4m3(U * inverse)
     lo = e4m3(U * inverse - hi.float())
@@ -212,10 +217,11 @@ def quantise_rows(
         return
     block = next_power_of_2(K) if K <= _WHOLE_ROW else _CHUNK
     with launch_device(x):
+        # fp fusion off: the low part is what the rounded product leaves, as in the reference.
         _quantise_rows_kernel[(T,)](
             x, x if fold is None else fold.U, scale if fold is None else fold.tops, out, scale,
             x.stride(0), 0 if fold is None else fold.U.stride(0), out.stride(0),
             K=K, R=R, F=F, PR=next_power_of_2(max(R, 1)), PF=next_power_of_2(max(F - 3 * R, 1)),
             BLOCK=block, LOG2=0 if fold is None else fold.log2, EXACT=interpreting(),
-            num_warps=min(16, max(4, block // 1024)),
+            num_warps=min(16, max(4, block // 1024)), enable_fp_fusion=False,
         )  # fmt: skip

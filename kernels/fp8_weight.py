@@ -395,7 +395,7 @@ def column_tops(S: Tensor, tops: Tensor) -> None:
         column_tops_reference(S, tops)
         return
     P = next_power_of_2(R)
-    block = max(1, _FOLD_TILE // P)
+    block = max(1, min(128, _FOLD_TILE // P))
     with launch_device(S):
         _column_tops_kernel[(triton.cdiv(J, block),)](
             S, tops.view(torch.int32), J, *S.stride(), R=R, P=P, BLOCK_J=block
@@ -416,12 +416,12 @@ def fold(
         fold_reference(S, rank, tops, log2, out, scale)
         return
     P, PF = next_power_of_2(max(rank, 1)), next_power_of_2(max(F - 3 * rank, 1))
-    block = max(1, _FOLD_TILE // max(P, PF))
+    block = max(1, min(128, _FOLD_TILE // max(P, PF)))
     given = tops if S is None else S
     strides = (0, 0) if S is None else S.stride()
     assert out.dtype == E4M3 and scale.is_contiguous()
     with launch_device(scale):
         _fold_kernel[(triton.cdiv(J, block),)](
             given, tops, out, scale, J, *strides, out.stride(0), R=rank, F=F, P=P, PF=PF,
-            BLOCK_J=block, LOG2=log2, EXACT=interpreting(),
+            BLOCK_J=block, LOG2=log2, EXACT=interpreting(), enable_fp_fusion=False,
         )  # fmt: skip
