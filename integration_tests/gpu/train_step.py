@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--stock", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--fp8", action="store_true", help="fused_fp8: base GEMMs in FP8")
     parser.add_argument("--profile", type=int, default=0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json")
@@ -246,7 +247,7 @@ def main() -> None:
     from lorafuse import fuse
 
     start = time.perf_counter()
-    report = fuse(peft, optimizer=step.optimizer)
+    report = fuse(peft, optimizer=step.optimizer, fused_fp8=args.fp8)
     result["fuse_s"] = time.perf_counter() - start
     fused_numbers = [float(x) for x in step.backward(1)]
     step.optimizer.zero_grad(set_to_none=True)
@@ -259,6 +260,8 @@ def main() -> None:
     result["report"] = report.to_dict()
     for operation, one in result["report"]["operations"].items():
         print(f"  {operation}: found {one['found']} fused {one['fused']} called {one['called']}")
+    for note in report.notes:
+        print(f"  note: {note}")
     report.unfuse()
     if args.stock:
         if device.type == "cuda":
