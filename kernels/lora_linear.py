@@ -21,6 +21,9 @@ Saved for backward by the callers: XA [T, R] only. X is theirs to keep or to rec
 masks are never stored: the generator's state is, and the same masks are drawn again.
 
 Products of r-wide tensors that become adapter gradients are accumulated and returned in fp32.
+
+Where every projection asks for FP8, the two large GEMMs run in it (`fp8_linear`), LoRA folded in.
+
 LoRA: https://arxiv.org/abs/2106.09685
 """
 
@@ -34,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafuse.kernels import fp8_linear
 from lorafuse.kernels.adapter_buffers import block_diagonal, stack
 from lorafuse.kernels.nf4 import Quantised4bit, dequantise
 from lorafuse.kernels.rms_norm import reference as rms_norm_reference
@@ -54,6 +58,8 @@ class LoraProjection:
         B: [N, R], present exactly when `A` is.
         scale: s, the adapter's scaling.
         dropout: probability of LoRA dropout, 0 when not training.
+        fp8: compute the base GEMMs in FP8 where `fp8_linear.why_not` has nothing against it, for
+            this projection and for the others of its group; else in the compute dtype.
     """
 
     weight: Weight
@@ -62,6 +68,7 @@ class LoraProjection:
     B: Tensor | None = None
     scale: float = 1.0
     dropout: float = 0.0
+    fp8: bool = False
 
     @property
     def out_features(self) -> int:
@@ -182,6 +189,7 @@ class Group:
             n, r = n + p.out_features, r + p.rank
         self.out_features = n
         self.has_bias = any(p.bias is not None for p in self.projections)
+        self.rank = r
         self.has_lora = r > 0
         self.bias_column = r
         self.has_dropout = any(p.dropout > 0 and p.A is not None for p in self.projections)
@@ -195,25 +203,41 @@ class Group:
         return weight.packed.device if isinstance(weight, Quantised4bit) else weight.device
 
     @property
+    def weights(self) -> list[Weight]:
+        return [p.weight for p in self.projections]
+
+    @property
     def copies_weight(self) -> bool:
         """False when W is written afresh anyway: dequantised, or cast to the compute dtype."""
         return all(
             isinstance(p.weight, Tensor) and p.weight.dtype == self.dtype for p in self.projections
         )
 
+    def uses_fp8(self, rows: int) -> bool:
+        """Whether the base GEMMs run in FP8, with buffers of their own for what is folded in."""
+        return all(p.fp8 for p in self.projections) and not any(
+            fp8_linear.why_not(self.device, self.dtype, rows, p.in_features, p.out_features)
+            for p in self.projections
+        )
+
     def folds_forward(self, rows: int, *, copies_input: bool) -> bool:
-        return self.fold_forward > 0 and folding_pays(
-            rows,
-            self.in_features,
-            self.out_features,
-            copies_input=copies_input,
-            copies_weight=self.copies_weight,
+        return (
+            self.fold_forward > 0
+            and not self.uses_fp8(rows)
+            and folding_pays(
+                rows,
+                self.in_features,
+                self.out_features,
+                copies_input=copies_input,
+                copies_weight=self.copies_weight,
+            )
         )
 
     def folds_backward(self, rows: int, *, copies_input: bool) -> bool:
         return (
             self.fold_backward > 0
             and not self.has_dropout
+            and not self.uses_fp8(rows)
             and folding_pays(
                 rows,
                 self.out_features,
@@ -338,8 +362,12 @@ def group_fwd(
         (out, [XA, 1] contiguous [T, fold_forward] to save, or None without LoRA and bias).
     """
     T, K = x.shape
-    if group.fold_forward == 0:
-        _plain_forward(group, x, out)
+    fp8 = group.uses_fp8(T)
+    if group.fold_forward == 0 or (fp8 and not group.has_lora):
+        if fp8:
+            _fp8_forward(group, x, None, out)
+        else:
+            _plain_forward(group, x, out)
         return (out if residual is None else out.add_(residual)), None
     target = x.new_empty((T, group.fold_forward)) if wide is None else wide[:, K:]
     A = group.write_A(x.new_empty((group.fold_forward, K)))
@@ -354,7 +382,9 @@ def group_fwd(
     if group.has_bias:
         target[:, group.bias_column].fill_(1.0)
     saved = target if wide is None else target.contiguous()
-    if wide is not None:
+    if fp8:
+        _fp8_forward(group, x, saved, out)
+    elif wide is not None:
         W = x.new_empty((group.out_features, K + group.fold_forward))
         for i, rows in enumerate(group.rows):
             group.write_weight(i, W[rows, :K])
@@ -370,6 +400,18 @@ def group_fwd(
 def _plain_forward(group: Group, x: Tensor, out: Tensor) -> None:
     for i, rows in enumerate(group.rows):
         torch.mm(x, group.plain_weight(i).t(), out=out[:, rows])
+
+
+def _fp8_forward(group: Group, x: Tensor, xA: Tensor | None, out: Tensor) -> None:
+    """Base, LoRA and bias. A bias is added to the rounded output: few models have one."""
+    if xA is None:
+        fp8_linear.forward(group.weights, x, out)
+    else:
+        sB = group.write_sB(x.new_empty((group.out_features, group.fold_forward)))
+        fp8_linear.forward(group.weights, x, out, xA, sB, group.rank)
+    for p, rows in zip(group.projections, group.rows, strict=True):
+        if p.bias is not None:
+            out[:, rows].add_(p.bias)
 
 
 def lora_gradient(group: Group, dy: Tensor, dy_wide: Tensor | None) -> Tensor | None:
@@ -469,9 +511,17 @@ def input_gradient(
             group.write_weight(i, W[rows])
         group.write_A(W[N:])
         return dy_wide @ W
-    dx = dy[:, group.rows[0]] @ group.plain_weight(0)
-    for i, rows in enumerate(group.rows[1:], start=1):
-        dx.addmm_(dy[:, rows], group.plain_weight(i))
+    if group.uses_fp8(dy.shape[0]):  # with dropout, the masks come between G A and dX
+        dx = dy.new_empty((dy.shape[0], K))
+        if G is not None and not group.has_dropout:
+            stacked = group.write_A(dy.new_empty((group.fold_backward, K)))
+            fp8_linear.input_gradient(group.weights, dy, dx, G, stacked, group.rank)
+            return dx
+        fp8_linear.input_gradient(group.weights, dy, dx)
+    else:
+        dx = dy[:, group.rows[0]] @ group.plain_weight(0)
+        for i, rows in enumerate(group.rows[1:], start=1):
+            dx.addmm_(dy[:, rows], group.plain_weight(i))
     if G is None:
         return dx
     if not group.has_dropout:
@@ -494,7 +544,13 @@ def with_tensors(
     """The projections with `tensors`, in the order of `flat_tensors`, for their own."""
     return tuple(
         LoraProjection(
-            p.weight, tensors[3 * i + 2], tensors[3 * i], tensors[3 * i + 1], p.scale, p.dropout
+            p.weight,
+            tensors[3 * i + 2],
+            tensors[3 * i],
+            tensors[3 * i + 1],
+            p.scale,
+            p.dropout,
+            p.fp8,
         )
         for i, p in enumerate(projections)
     )
@@ -502,7 +558,9 @@ def with_tensors(
 
 def without_tensors(projections: Sequence[LoraProjection]) -> tuple[LoraProjection, ...]:
     """The projections' constants only: what a context may keep without keeping graph tensors."""
-    return tuple(LoraProjection(p.weight, scale=p.scale, dropout=p.dropout) for p in projections)
+    return tuple(
+        LoraProjection(p.weight, scale=p.scale, dropout=p.dropout, fp8=p.fp8) for p in projections
+    )
 
 
 def check_projections(x: Tensor, projections: Sequence[LoraProjection]) -> None:

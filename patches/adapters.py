@@ -5,6 +5,7 @@ active adapters, disabled adapters, merged weights, dropout, LoRA bias and rsLoR
 and other variants, mixed batches and adapters of other kinds are not.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from lorafuse.kernels.lora_linear import LoraProjection
+from lorafuse.kernels.fp8_linear import why_not
+from lorafuse.kernels.lora_linear import LoraProjection, compute_dtype
 from lorafuse.patches.bind import Unsupported
 from lorafuse.patches.hooks import has_live_hooks
 from lorafuse.patches.weights import WeightFormat, check_plain, find_reader
@@ -26,6 +28,11 @@ class LinearReader:
     Args:
         module: PEFT's LoRA layer, or the plain linear layer itself.
         formats: the weight formats to try.
+
+    Attributes:
+        fp8: compute the base GEMMs in FP8 where that is possible.
+        fp8_calls: how often it was.
+        fp8_fallbacks: reason -> how often it was not, although `fp8` is set.
 
     Raises:
         Unsupported: the layer is of a kind that cannot be fused.
@@ -52,6 +59,9 @@ class LinearReader:
             if hasattr(part, "parametrizations"):
                 raise Unsupported("its weight is parametrized")
         self.weight = find_reader(base, formats)
+        self.fp8 = False
+        self.fp8_calls = 0
+        self.fp8_fallbacks: Counter[str] = Counter()
 
     @property
     def in_features(self) -> int:
@@ -84,7 +94,7 @@ class LinearReader:
         bias = getattr(self.base, "bias", None)
         active = self._active()
         if not active:
-            return LoraProjection(weight, bias)
+            return LoraProjection(weight, bias, fp8=self._uses_fp8(x))
         dropout = self._dropout(active)
         A, B, biases, scales = [], [], [], []
         for name in active:
@@ -101,10 +111,24 @@ class LinearReader:
         for extra in biases:
             bias = extra if bias is None else bias + extra
         if len(active) == 1:
-            return LoraProjection(weight, bias, A[0], B[0], scales[0], dropout)
+            return LoraProjection(weight, bias, A[0], B[0], scales[0], dropout, self._uses_fp8(x))
         # s_1 B_1 A_1 + s_2 B_2 A_2 = [s_1 B_1 | s_2 B_2] [A_1; A_2]
         scaled = [b * s for b, s in zip(B, scales, strict=True)]
-        return LoraProjection(weight, bias, torch.cat(A), torch.cat(scaled, 1), 1.0, dropout)
+        return LoraProjection(
+            weight, bias, torch.cat(A), torch.cat(scaled, 1), 1.0, dropout, self._uses_fp8(x)
+        )
+
+    def _uses_fp8(self, x: Tensor) -> bool:
+        """Whether this call computes in FP8; counted."""
+        if not self.fp8:
+            return False
+        rows = x.numel() // x.shape[-1]
+        reason = why_not(x.device, compute_dtype(x), rows, self.in_features, self.out_features)
+        if reason is None:
+            self.fp8_calls += 1
+        else:
+            self.fp8_fallbacks[reason] += 1
+        return reason is None
 
     def _active(self) -> list[str]:
         """Names of the adapters that this call applies, in PEFT's order."""

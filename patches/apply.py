@@ -23,6 +23,8 @@ from lorafuse.patches.attention import (
 from lorafuse.patches.bind import Binding, FusedForward, Unsupported
 from lorafuse.patches.decoder_layer import FusedDecoderLayer
 from lorafuse.patches.documents import DocumentFinder
+from lorafuse.patches.fp8 import OPERATION as FP8
+from lorafuse.patches.fp8 import Fp8Noise, Fp8Record, Group, measure_noise, switch_on
 from lorafuse.patches.loss import FusedCausalLoss, recognise_causal_head, verify_causal_loss
 from lorafuse.patches.mlp import FusedMlp
 from lorafuse.patches.norms import FusedRmsNorm
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 OPERATIONS = ("lora_mlp", "lora_qkv", "lora_o", "rms_norm", "rope", "attention", "cross_entropy")
+_NO_ADAPTERS = "the model has no LoRA adapters"
 _NOTHING = {
     "lora_mlp": NO_GATED_MLP,
     "lora_qkv": NO_ATTENTION,
@@ -98,9 +101,10 @@ class OperationRecord:
 class FusedModel:
     """The outcome of `apply`, and the way back."""
 
-    records: list[OperationRecord] = field(default_factory=list)
+    records: list[OperationRecord | Fp8Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     binding: Binding = field(default_factory=Binding)
+    fp8_noise: Fp8Noise | None = None
 
     def unfuse(self) -> None:
         """Restores every module's forward exactly; raises RuntimeError where that is impossible."""
@@ -124,8 +128,10 @@ class _Applier:
         structures: Sequence[Recogniser],
         formats: Sequence[WeightFormat],
         backend: str,
+        fp8: bool,
     ) -> None:
-        self.model, self.enabled = model, enabled
+        self.model, self.enabled, self.fp8 = model, enabled, fp8
+        self.groups: list[Group] = []
         self.structures, self.formats, self.backend = structures, formats, backend
         self.finder = DocumentFinder()
         self.names = {id(module): name for name, module in model.named_modules()}
@@ -154,7 +160,9 @@ class _Applier:
         found = list(self.find())
         if not adapter_parameters(self.model):
             for operation in OPERATIONS:
-                self.record(operation, nn.Identity(), "the model has no LoRA adapters")
+                self.record(operation, nn.Identity(), _NO_ADAPTERS)
+            if self.fp8:
+                self.result.records.append(Fp8Record("", _NO_ADAPTERS))
             return self.result
         layers = [f for f in found if isinstance(f.description, DecoderLayer)]
         self.probe(layers)
@@ -171,6 +179,8 @@ class _Applier:
                     fuse_one(f)
         self.causal_loss()
         self.report_nothing()
+        if self.fp8:
+            self.switch_fp8_on()
         for reason, name in self.why_parts.items():
             self.result.notes.append(
                 f"decoder layers are fused in parts, not whole ({name}): {reason}"
@@ -239,6 +249,24 @@ class _Applier:
     def bind(self, forwards: Sequence[FusedForward]) -> None:
         for forward in forwards:
             self.result.binding.bind(forward.module, forward)
+            for readers in forward.linear_groups():
+                self.groups.append((self.names.get(id(readers[0].module), ""), readers))
+
+    def switch_fp8_on(self) -> None:
+        """After every proof, which is of the model's own dtype."""
+        records = switch_on(self.groups, self.names)
+        self.result.records += records
+        on = sum(record.fused for record in records)
+        if not on:
+            note = f"{FP8}: no layer computes in FP8: {records[0].reason}"
+        else:
+            self.result.fp8_noise = measure_noise(self.groups)
+            note = (
+                f"{FP8}: the base GEMMs of {on} linear layers compute in FP8 (e4m3). Verification "
+                "has proven the fused blocks without it; what FP8 adds is noise. Signal to noise "
+                f"of the products on random input: {self.result.fp8_noise or 'not measured'}"
+            )
+        self.result.notes.append(note)
 
     def hidden_dtype(self, module: nn.Module) -> torch.dtype:
         for layer, call in self.calls.items():
@@ -490,6 +518,7 @@ def apply(
     structures: Sequence[Recogniser] = BUILTIN_STRUCTURES,
     weight_formats: Sequence[WeightFormat] = BUILTIN_WEIGHT_FORMATS,
     attention: str = "auto",
+    fp8: bool = False,
 ) -> FusedModel:
     """Binds fused forwards on the instances of `model`, each proven first.
 
@@ -499,11 +528,12 @@ def apply(
         structures: recognisers, tried on every module in this order.
         weight_formats: readers of base weights.
         attention: "auto" (prefer cuDNN's attention where it is faster) or "sdpa" (torch's order).
+        fp8: base GEMMs in FP8 where this GPU can; never by default, for it is coarser than bf16.
 
     Returns:
         What was fused, what not and why, and the way back.
     """
-    applier = _Applier(model, enabled, structures, weight_formats, attention)
+    applier = _Applier(model, enabled, structures, weight_formats, attention, fp8)
     try:
         return applier.run()
     except BaseException:

@@ -71,6 +71,10 @@ class AttentionReader:
         self.extras = _extra_arguments(self.module)
         attention_function(self.module)  # raises where there is none
 
+    def linear_groups(self) -> list[Sequence[Any]]:
+        """(q, k and v), (o)."""
+        return [self.qkv, (self.o,)]
+
     def prepare(self, x: Tensor) -> tuple[list[LoraProjection], LoraProjection]:
         """(q, k and v, o) as kernel projections; raises Unsupported."""
         for norm in (self.q_norm, self.k_norm):
@@ -282,6 +286,9 @@ class FusedAttention(FusedForward):
         super().__init__(attention.module)
         self.attention = AttentionReader(attention, formats, interleaved, backend, finder)
 
+    def linear_groups(self) -> list[Sequence[Any]]:
+        return self.attention.linear_groups()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             bound = self.__signature__.bind(*args, **kwargs)
@@ -330,6 +337,9 @@ class FusedProjection(FusedForward):
         super().__init__(shared.readers[index].module)
         self.shared, self.index = shared, index
 
+    def linear_groups(self) -> list[Sequence[Any]]:
+        return [self.shared.readers] if self.index == 0 else []
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return self.fall_back("it was called with more than one tensor", *args, **kwargs)
@@ -351,6 +361,9 @@ class FusedOutputProjection(FusedForward):
     def __init__(self, projections: Projections, formats: Sequence[WeightFormat]) -> None:
         super().__init__(projections.o)
         self.reader = LinearReader(projections.o, formats)
+
+    def linear_groups(self) -> list[Sequence[Any]]:
+        return [(self.reader,)]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):

@@ -7,7 +7,7 @@ forward that belongs to the copy. `Binding.undo` puts back exactly what was ther
 
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -45,6 +45,10 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+    def linear_groups(self) -> list[Sequence[Any]]:
+        """The `LinearReader`s of its linear layers, those of one input together."""
+        return []
 
     def fall_back(self, reason: str, *args: Any, **kwargs: Any) -> Any:
         """Runs the stock forward for this call and counts why."""

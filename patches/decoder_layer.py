@@ -41,6 +41,9 @@ class FusedDecoderLayer(FusedForward):
         self.attention = AttentionReader(layer.attention, formats, interleaved, backend, finder)
         self.mlp = MlpReader(layer.mlp, formats)
 
+    def linear_groups(self) -> list[Sequence[Any]]:
+        return [*self.attention.linear_groups(), *self.mlp.linear_groups()]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
         try:

@@ -21,6 +21,10 @@ class MlpReader:
         self.down = LinearReader(mlp.down, formats)
         self.activation = mlp.activation
 
+    def linear_groups(self) -> list[Sequence[Any]]:
+        """(gate and up), (down)."""
+        return [self.gate_up, (self.down,)]
+
     def prepare(self, x: Tensor) -> tuple[Any, Any]:
         """(gate and up, down) as kernel projections; raises Unsupported."""
         return [reader.projection(x) for reader in self.gate_up], self.down.projection(x)
@@ -40,6 +44,9 @@ class FusedMlp(FusedForward):
     def __init__(self, mlp: GatedMlp, formats: Sequence[WeightFormat]) -> None:
         super().__init__(mlp.module)
         self.reader = MlpReader(mlp, formats)
+
+    def linear_groups(self) -> list[Sequence[Any]]:
+        return self.reader.linear_groups()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):

@@ -24,6 +24,9 @@ SWITCHES = (
 OPERATIONS = (*SWITCHES, "fused_attention")
 # What is fused beside the model's own operations.
 OPTIMIZER = "fused_optimizer"
+FP8 = "fused_fp8"
+# The operations whose GEMMs FP8 is for.
+WITH_FP8 = ("fused_lora_mlp", "fused_lora_qkv", "fused_lora_o")
 _NAMED = (*OPERATIONS, OPTIMIZER)
 EVERYTHING = "fused"
 PREFIX = "fused_"
@@ -43,6 +46,9 @@ class FuseConfig(BaseModel):
             `off` leaves the attention alone.
         fused_optimizer: bitsandbytes' 8-bit optimisers update all tensors without waiting for the
             GPU after each. Other optimisers stay as they are.
+        fused_fp8: The base GEMMs of the LoRA operations in FP8 (e4m3, a scale for each token):
+            faster on Hopper and newer GPUs, and coarser than bf16. LoRA's own part keeps its
+            precision. Neither `fused: true` nor naming no operation turns it on.
         fused_checkpointing: `auto` leaves the trainer's own gradient checkpointing as it is. The
             other modes are not in this version and are refused.
         fused_strict: An operation that cannot be fused, or is never called, stops the run.
@@ -64,6 +70,7 @@ class FuseConfig(BaseModel):
     fused_rope: StrictBool = True
     fused_attention: Literal["auto", "sdpa", "off"] = "auto"
     fused_optimizer: StrictBool = True
+    fused_fp8: StrictBool = False
     fused_checkpointing: Literal["auto"] = "auto"
     fused_strict: StrictBool = False
     fused_plugins: StrictBool = True
@@ -74,6 +81,12 @@ class FuseConfig(BaseModel):
             super().__init__(**flags)
         except ValidationError as error:
             raise FuseConfigError(_explain(error)) from None
+        if self.fused_fp8 and not any(getattr(self, name) for name in WITH_FP8):
+            *others, last = WITH_FP8
+            raise FuseConfigError(
+                f"`{FP8}: true` has no effect without {', '.join(others)} or {last}, "
+                "whose base GEMMs it is for; turn one of them on, or drop the line"
+            )
 
     @model_validator(mode="before")
     @classmethod

@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lorafuse.patches.apply import FusedModel, OperationRecord, apply
+from lorafuse.patches.fp8 import Fp8Record
 from lorafuse.patches.optimizer import fuse_optimizer
 from lorafuse.plugin import log
-from lorafuse.plugin.config import OPTIMIZER, FuseConfig
+from lorafuse.plugin.config import FP8, OPTIMIZER, PREFIX, FuseConfig
 from lorafuse.plugin.errors import FuseConfigError, FuseError
 from lorafuse.plugin.manager import Plugins
 from lorafuse.plugin.report import FuseReport
@@ -90,7 +91,7 @@ def fuse_with(
     plugins.call("lorafuse_adapter_attached", model=model, config=config)
     aside = aside or compiled
     fused = _stand_aside(config, aside) if aside else _apply(model, config, plugins)
-    report = FuseReport(config, fused.records, fused.unfuse, fused.notes)
+    report = FuseReport(config, fused.records, fused.unfuse, fused.notes, fused.fp8_noise)
     try:
         report.check_fused()
     except Exception:
@@ -147,15 +148,17 @@ def _apply(model: nn.Module, config: FuseConfig, plugins: Plugins) -> FusedModel
         structures=plugins.contributions("lorafuse_structures"),
         weight_formats=plugins.contributions("lorafuse_weight_formats"),
         attention=config.fused_attention,
+        fp8=config.fused_fp8,
     )
 
 
 def _stand_aside(config: FuseConfig, reason: str) -> FusedModel:
-    records = [
+    asked = [name for name, on in config.enabled().items() if on]
+    asked += [FP8.removeprefix(PREFIX)] if config.fused_fp8 else []
+    records: list[OperationRecord | Fp8Record] = [
         OperationRecord(
             operation=name, module="", fused=False, level="", reason=reason, forward=None
         )
-        for name, asked in config.enabled().items()
-        if asked
+        for name in asked
     ]
     return FusedModel(records=records, notes=[])

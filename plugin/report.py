@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorafuse.plugin import log
-from lorafuse.plugin.config import PREFIX, FuseConfig
+from lorafuse.plugin.config import FP8, PREFIX, FuseConfig
 from lorafuse.plugin.environment import gpu_name, versions
 from lorafuse.plugin.errors import FuseError
 
@@ -99,6 +99,7 @@ class FuseReport:
         records: The engine's records, which count calls as they happen.
         unfuse: Takes everything off the model again.
         notes: Lines that belong to no single operation.
+        fp8_noise: Signal to noise of FP8 products, a dataclass, where FP8 is on.
     """
 
     def __init__(
@@ -107,9 +108,11 @@ class FuseReport:
         records: Sequence[Record],
         unfuse: Callable[[], None],
         notes: Sequence[str] = (),
+        fp8_noise: Any = None,
     ) -> None:
         self.config = config
         self.notes = list(notes)
+        self.fp8_noise = fp8_noise
         self.steps = 0
         self._records = records
         self._unfuse = unfuse
@@ -147,6 +150,7 @@ class FuseReport:
             "steps": self.steps,
             "operations": {name: asdict(one) for name, one in self.operations().items()},
             "notes": self.notes,
+            "fp8_noise": None if self.fp8_noise is None else asdict(self.fp8_noise),
         }
 
     def to_json(self, path: str | Path) -> Path:
@@ -226,7 +230,8 @@ class FuseReport:
         if self.config.fused_strict:
             _raise_if(idle)
         for line in idle:
-            log.warning(f"{line}; it runs as stock")
+            instead = "all computes in bf16" if line.startswith(FP8) else "it runs as stock"
+            log.warning(f"{line}; {instead}")
 
     def _title(self) -> str:
         after = f"after step {self.steps}" if self.steps else "before the first step"
@@ -276,5 +281,6 @@ def _raise_if(problems: Any) -> None:
         raise FuseError(
             "fused_strict is set, and not everything that was asked for can run fused:\n  "
             + "\n  ".join(lines)
-            + "\nSwitch these flags off, or set `fused_strict: false` to train with them as stock."
+            + "\nSwitch these flags off, or set `fused_strict: false` to train with them as stock"
+            + (" (FP8: in bf16)." if any(line.startswith(FP8) for line in lines) else ".")
         )

@@ -35,6 +35,7 @@ def train(
     fused: bool,
     attention: str = "sdpa",
     dtype: torch.dtype = torch.bfloat16,
+    fp8: bool = False,
 ) -> list[dict[str, float]]:
     """The logged steps of one run."""
     torch.manual_seed(0)
@@ -83,12 +84,13 @@ def train(
     if fused:
         from lorafuse import LorafuseCallback
 
-        callback = LorafuseCallback(fused_strict=True)
+        callback = LorafuseCallback(fused_strict=True, fused_fp8=fp8)
         trainer.add_callback(callback)
     trainer.train()
     if callback is not None:
         for name, one in callback.report.to_dict()["operations"].items():
             print(f"  {name}: found {one['found']} fused {one['fused']} calls {one['calls']}")
+        print("".join(f"  note: {note}\n" for note in callback.report.notes), end="")
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -115,6 +117,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--only", choices=("bf16", "nf4"))
+    parser.add_argument("--fp8", action="store_true", help="a fused run with fused_fp8, too")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     failed = False
@@ -135,6 +138,11 @@ def main() -> None:
         drift, error = distance(fused, stock)
         print("  fused, from stock fp32: ", end="")
         of_fused, _ = distance(fused, oracle)
+        if args.fp8:
+            coarse = train(args, nf4, fused=True, fp8=True)
+            for what, other in (("fused", fused), ("stock", stock), ("stock fp32", oracle)):
+                print(f"  FP8, from {what}: ", end="")
+                distance(coarse, other)
         failed |= abs(drift) >= max(BOUND, 2 * error) and abs(of_fused) >= abs(of_stock)
     sys.exit(int(failed))
 

@@ -265,3 +265,11 @@ def test_layers_that_only_a_list_tells_apart_are_all_kept() -> None:
     config.widths = [1, 1, 2, 2, 3, 1]
     assert shrink(config).widths == [1, 2, 3]
     assert shrink(config).num_hidden_layers == 3
+
+
+def test_fp8_is_a_matter_of_the_gpu(write) -> None:
+    settings = PLUGIN | LORA | {"fused": True, "fused_fp8": True, "fused_strict": True}
+    result = invoke("doctor", write(**settings))
+    assert result.exit_code == 0, result.output
+    assert "note: fused_fp8: " in result.output and "tried here without it" in result.output
+    assert "fused_fp8" not in rows(result.output)
