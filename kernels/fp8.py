@@ -109,15 +109,21 @@ def quantise_rows_reference(x: Tensor, out: Tensor, scale: Tensor, fold: Fold | 
 
 
 @triton.jit
+def _on_grid(v):
+    """v rounded to the nearest value of e4m3, ties to even, saturated; in fp32."""
+    v = tl.where(tl.abs(v) > 448.0, tl.where(v > 0, 448.0, -448.0), v)
+    bits = v.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    small = (tl.abs(v) + 16384.0) - 16384.0  # to a multiple of 2^-9
+    small = tl.where(v < 0, -small, small)
+    return tl.where(tl.abs(v) < 0.015625, small, normal)
+
+
+@triton.jit
 def _to_e4m3(v, EXACT: tl.constexpr):
     """v in e4m3, ties to even, saturated."""
     if EXACT:  # Triton's interpreter loses the carry into the exponent: here it finds no carry
-        v = tl.where(tl.abs(v) > 448.0, tl.where(v > 0, 448.0, -448.0), v)
-        bits = v.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-        small = (tl.abs(v) + 16384.0) - 16384.0  # to a multiple of 2^-9
-        small = tl.where(v < 0, -small, small)
-        v = tl.where(tl.abs(v) < 0.015625, small, normal)
+        v = _on_grid(v)
     return v.to(tl.float8e4nv)
 
 
@@ -181,11 +187,10 @@ def _quantise_rows_kernel(
             tl.store(out_ptr + start + o_k, code, start + o_k < K)
     if R > 0:
         U *= inverse
-        hi = _to_e4m3(U, EXACT)
-        lo = _to_e4m3(U - hi.to(tl.float32), EXACT)
-        tl.store(out_ptr + K + o_r, hi, m_r)
-        tl.store(out_ptr + K + R + o_r, lo, m_r)
-        tl.store(out_ptr + K + 2 * R + o_r, hi, m_r)
+        hi = _on_grid(U)
+        tl.store(out_ptr + K + o_r, hi.to(tl.float8e4nv), m_r)
+        tl.store(out_ptr + K + R + o_r, _to_e4m3(U - hi, EXACT), m_r)
+        tl.store(out_ptr + K + 2 * R + o_r, hi.to(tl.float8e4nv), m_r)
     if F > 3 * R:
         o_f = 3 * R + tl.arange(0, PF)
         tl.store(out_ptr + K + o_f, tl.zeros([PF], tl.float32).to(tl.float8e4nv), o_f < F)

@@ -211,7 +211,9 @@ def test_a_weight_and_its_transpose_have_the_same_codes(randn: Randn, kind, N, K
     device = randn(1).device
     tops = torch.zeros(1, device=device)
     weight_top(weight, tops)
-    plain, turned = empty_codes(N, K + 32, device), empty_codes(K, N + 32, device)
+    plain, turned = empty_codes(N, K + 32, device), empty_codes(K, -(-N // 64) * 64 + 64, device)
+    with pytest.raises(ValueError, match="row stride of a multiple of 64"):
+        codes_transposed(weight, tops, turned.flatten()[: K * (N + 4)].view(K, N + 4)[:, :N])
     codes(weight, tops, plain[:, :K])
     codes_transposed(weight, tops, turned[:, 16 : 16 + N])
     assert same(plain[:, :K], turned[:, 16 : 16 + N].t())

@@ -181,7 +181,9 @@ def test_training_gives_stocks_gradients(
         if family in ("llama", "qwen3")
         else sum(kind == "full_attention" for kind in getattr(model.config, "layer_types", []))
     )
-    assert len(varlen_calls) == (full if batch == "packed" else 0)
+    # FlashAttention has no fp32: there the GPU keeps to the mask.
+    documents = batch == "packed" and tokens.device.type == "cpu"
+    assert len(varlen_calls) == (full if documents else 0)
     if varlen_calls:
         assert len(set(map(id, varlen_calls))) == 1, "the mask was read for each layer anew"
 
@@ -232,9 +234,29 @@ def test_axolotls_packing_is_read_once(make_peft, tokens, close, varlen_calls, m
         reads.clear()
         varlen_calls.clear()
         close(run(model, tokens, packed, labels), stock)
-        assert len(varlen_calls) == 2 and len(reads) == 1
+        assert len(varlen_calls) == (2 if tokens.device.type == "cpu" else 0)
+        assert len(reads) == 1
         whole = {"position_ids": torch.arange(20, device=tokens.device)[None].expand(2, -1)}
+        before = len(varlen_calls)
         run(model, tokens, whole, labels)
-        assert len(varlen_calls) == 2
+        assert len(varlen_calls) == before
     finally:
         varlen.unpatch_sdpa_varlen()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", ["packed", "padded right"])
+def test_16_bit_training_on_a_gpu(make_peft, oracle_model, tokens, varlen_calls, batch):
+    """bf16, as users train: no further from fp32 than twice stock's own distance."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    model = make_peft("llama", dtype=torch.bfloat16)
+    arguments, labels = batch_of(batch, tokens)
+    exact = run(oracle_model(model), tokens, arguments, labels)
+    stock = run(model, tokens, arguments, labels)
+    apply(model, ALL)
+    ours = run(model, tokens, arguments, labels)
+    assert len(varlen_calls) == (2 if batch == "packed" else 0)
+    for name, truth in exact.items():
+        error, allowed = ((x[name].float() - truth).norm() for x in (ours, stock))
+        assert error <= 2 * allowed + 4e-3 * truth.norm(), name
