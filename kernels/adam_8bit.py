@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafuse.kernels.runtime import launch_device, tl, triton, use_triton
+from lorafuse.kernels.runtime import cached_launch, launch_device, tl, triton, use_triton
 
 __all__ = ["BLOCK", "AdamOptions", "AdamTensor", "adam_8bit_", "reference_", "serves"]
 
@@ -120,6 +120,7 @@ def _address(entry, column: tl.constexpr, like):
     return tl.multiple_of(tl.load(entry + column).to(like.dtype), 16)
 
 
+@cached_launch
 @triton.jit
 def _adam_8bit_kernel(
     table_ptr, q1_ptr, q2_ptr, p_like, g_like, c_like, a_like,

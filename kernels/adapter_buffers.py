@@ -13,7 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorafuse.kernels.runtime import launch_device, next_power_of_2, tl, triton, use_triton
+from lorafuse.kernels.runtime import (
+    cached_launch,
+    launch_device,
+    next_power_of_2,
+    tl,
+    triton,
+    use_triton,
+)
 
 __all__ = ["block_diagonal", "block_diagonal_reference", "stack", "stack_reference"]
 
@@ -51,6 +58,7 @@ def _load_stacked(A_ptr, row, o_k, first, K, R: tl.constexpr):
     return tl.load(A_ptr + o_r.to(tl.int64) * K + o_k, mask, 0.0).to(tl.float32)
 
 
+@cached_launch
 @triton.jit
 def _stack_kernel(
     A1, A2, A3, out, out_row, K,
@@ -74,6 +82,7 @@ def _load_block(B_ptr, o_n, o_f, first_row, rows, first, scale, R: tl.constexpr)
     return tl.load(B_ptr + n * R + r, mask, 0.0).to(tl.float32) * scale
 
 
+@cached_launch
 @triton.jit
 def _block_diagonal_kernel(
     B1, B2, B3, out, out_row, N1, N2, N3, s1, s2, s3,

@@ -32,7 +32,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafuse.kernels.runtime import launch_device, next_power_of_2, tl, triton, use_triton
+from lorafuse.kernels.runtime import (
+    cached_launch,
+    launch_device,
+    next_power_of_2,
+    tl,
+    triton,
+    use_triton,
+)
 
 _CACHED_WORDS = 2**16  # 256 kB of fp32: a chunk of rows and its temporaries stay in a CPU's cache
 
@@ -160,6 +167,7 @@ def _transform(z, scale, cap, HAS_CAP: tl.constexpr):
     return t
 
 
+@cached_launch
 @triton.jit
 def _cross_entropy_rows_kernel(
     z_ptr,  # (M, V), overwritten with the gradient if GRADIENT

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.kernels.runtime import (
+    cached_launch,
     interpreting,
     launch_device,
     next_power_of_2,
@@ -145,6 +146,7 @@ def _power_of_2(j):
     return ((j + 127) << 23).to(tl.float32, bitcast=True)
 
 
+@cached_launch
 @triton.jit
 def _quantise_rows_kernel(
     x_ptr, U_ptr, tops_ptr, out_ptr, scale_ptr, x_row, U_row, out_row,

@@ -34,6 +34,7 @@ from lorafuse.kernels.fp8 import (
 from lorafuse.kernels.nf4 import Quantised4bit, _scales
 from lorafuse.kernels.nf4 import reference as dequantised
 from lorafuse.kernels.runtime import (
+    cached_launch,
     interpreting,
     kernel_dtypes,
     launch_device,
@@ -114,6 +115,7 @@ def _atomic_top(top_ptr, top, mask):
     tl.atomic_max(top_ptr, top.to(tl.int32, bitcast=True), mask)
 
 
+@cached_launch
 @triton.jit
 def _top_kernel(w_ptr, top_ptr, elements, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -136,6 +138,7 @@ def _absmax(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, o_block, mask,
     return scale
 
 
+@cached_launch
 @triton.jit
 def _top_4bit_kernel(
     code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, top_ptr, blocks,
@@ -149,6 +152,7 @@ def _top_4bit_kernel(
     _atomic_top(top_ptr, top * code, top >= 0)
 
 
+@cached_launch
 @triton.jit
 def _codes_kernel(
     w_ptr, tops_ptr, out_ptr, w_row, out_row,
@@ -163,6 +167,7 @@ def _codes_kernel(
     tl.store(out_ptr + row * out_row + o_k, _to_e4m3(w, EXACT), o_k < K)
 
 
+@cached_launch
 @triton.jit
 def _codes_4bit_kernel(
     packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, tops_ptr, out_ptr,
@@ -210,6 +215,7 @@ def _store_transposed(out_ptr, word, q_first, k_first, N, out_row,
     tl.store(out_ptr + o_k.to(tl.int64) * out_row + o_q, word, mask)
 
 
+@cached_launch
 @triton.jit
 def _codes_transposed_kernel(
     w_ptr, tops_ptr, out_ptr, N, w_row, out_row,
@@ -230,6 +236,7 @@ def _codes_transposed_kernel(
     _store_transposed(out_ptr, word, q_first, k_first, N, out_row, K, BLOCK_N, BLOCK_K)
 
 
+@cached_launch
 @triton.jit
 def _codes_transposed_4bit_kernel(
     packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, tops_ptr, out_ptr,
@@ -267,6 +274,7 @@ def _codes_transposed_4bit_kernel(
     _store_transposed(out_ptr, word, q_first, k_first, N, out_row, K, BLOCK_N, BLOCK_K)
 
 
+@cached_launch
 @triton.jit
 def _column_tops_kernel(
     S_ptr, tops_ptr, J, S_j, S_r,
@@ -279,6 +287,7 @@ def _column_tops_kernel(
     _atomic_top(tops_ptr + o_r, tl.max(tl.abs(v.to(tl.float32)), 0), o_r < R)
 
 
+@cached_launch
 @triton.jit
 def _fold_kernel(
     S_ptr, tops_ptr, out_ptr, scale_ptr, S_j, S_r, out_row,

@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafuse.kernels.runtime import launch_device, next_power_of_2, tl, triton, use_triton
+from lorafuse.kernels.runtime import (
+    cached_launch,
+    launch_device,
+    next_power_of_2,
+    tl,
+    triton,
+    use_triton,
+)
 
 __all__ = ["ACTIVATIONS", "glu", "glu_bwd_", "glu_fwd", "reference"]
 
@@ -104,6 +111,7 @@ def _tile_offsets(T, columns, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_
     return o_t.to(tl.int64), o_i, (o_t < T) & (o_i < WIDTH)
 
 
+@cached_launch
 @triton.jit
 def _glu_fwd_kernel(
     gate_ptr, up_ptr, m_ptr, T, columns, gate_row, up_row, m_row,
@@ -118,6 +126,7 @@ def _glu_fwd_kernel(
     tl.store(m_ptr + o_t * m_row + o_i, (a * u).to(m_ptr.dtype.element_ty), mask)
 
 
+@cached_launch
 @triton.jit
 def _glu_bwd_kernel(
     gate_ptr, up_ptr, dm_ptr, dgate_ptr, dup_ptr, m_ptr, T, columns,

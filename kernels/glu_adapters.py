@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorafuse.kernels.glu import _act, _check, glu_bwd_
 from lorafuse.kernels.runtime import (
+    cached_launch,
     interpreting,
     launch_device,
     mm_fp32,
@@ -90,6 +91,7 @@ def _add_product(
     return tl.dot(tl.trans(factor), tile, sums)
 
 
+@cached_launch
 @triton.jit
 def _glu_bwd_adapters_kernel(
     gate_ptr, up_ptr, dm_ptr, G_ptr, xAg_ptr, xAu_ptr, dA_ptr, dBg_ptr, dBu_ptr,

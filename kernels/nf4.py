@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafuse.kernels.runtime import launch_device, tl, triton, use_triton
+from lorafuse.kernels.runtime import cached_launch, launch_device, tl, triton, use_triton
 
 __all__ = ["Quantised4bit", "dequantise", "reference"]
 
@@ -104,6 +104,7 @@ def _scales(w: Quantised4bit) -> Tensor:
     return w.code2[absmax.int()] * absmax2 + w.offset
 
 
+@cached_launch
 @triton.jit
 def _dequantise_kernel(
     packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr,

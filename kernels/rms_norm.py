@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafuse.kernels.runtime import launch_device, next_power_of_2, tl, triton, use_triton
+from lorafuse.kernels.runtime import (
+    cached_launch,
+    launch_device,
+    next_power_of_2,
+    tl,
+    triton,
+    use_triton,
+)
 
 __all__ = ["reference", "rms_norm", "rms_norm_bwd", "rms_norm_fwd"]
 
@@ -91,6 +98,7 @@ def _backward_reference(
     return (dx if residual_grad is None else dx + _wide(residual_grad)), dw
 
 
+@cached_launch
 @triton.jit
 def _rms_norm_fwd_kernel(
     x_ptr, w_ptr, residual_ptr, sum_ptr, y_ptr, rstd_ptr,
@@ -124,6 +132,7 @@ def _rms_norm_fwd_kernel(
     tl.store(y_ptr + (token * y_token + head * y_head) + o_k, y.to(y_ptr.dtype.element_ty), mask)
 
 
+@cached_launch
 @triton.jit
 def _rms_norm_bwd_kernel(
     dy_ptr, x_ptr, w_ptr, rstd_ptr, residual_grad_ptr, dx_ptr, dw_ptr,

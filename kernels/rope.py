@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafuse.kernels.runtime import launch_device, next_power_of_2, tl, triton, use_triton
+from lorafuse.kernels.runtime import (
+    cached_launch,
+    launch_device,
+    next_power_of_2,
+    tl,
+    triton,
+    use_triton,
+)
 
 __all__ = ["reference", "rope", "rope_copy", "rope_qk_"]
 
@@ -137,6 +144,7 @@ def _rotate_heads(
             tl.store(dst_rows + o_rest * dst_d, rest.to(dst.dtype.element_ty), mask_rest)
 
 
+@cached_launch
 @triton.jit
 def _rope_kernel(
     src_q, src_k, dst_q, dst_k, cos, sin, S,
