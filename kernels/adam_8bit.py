@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafuse.kernels.runtime import cached_launch, launch_device, tl, triton, use_triton
+from lorafuse.kernels.runtime import cached_launch, cdiv, launch_device, tl, triton, use_triton
 
 __all__ = ["BLOCK", "AdamOptions", "AdamTensor", "adam_8bit_", "reference_", "serves"]
 
@@ -204,7 +204,7 @@ def adam_8bit_(tensors: Sequence[AdamTensor], q1: Tensor, q2: Tensor, options: A
     longest = max(one.p.numel() for one in tensors)
     rate, eps = options.corrections
     with launch_device(first.p):
-        _adam_8bit_kernel[(triton.cdiv(longest, BLOCK * _TILE_BLOCKS), len(tensors))](
+        _adam_8bit_kernel[(cdiv(longest, BLOCK * _TILE_BLOCKS), len(tensors))](
             table, q1, q2, first.p, first.g, first.c1, first.a1,
             rate, eps, options.beta1, options.beta2, 1 - options.lr * options.weight_decay,
             COLUMNS=_COLUMNS, BLOCKS=_TILE_BLOCKS, SIZE=BLOCK, num_warps=8,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorafuse.kernels.runtime import (
     cached_launch,
+    cdiv,
     launch_device,
     next_power_of_2,
     tl,
@@ -128,7 +129,7 @@ def stack_triton(As: Sequence[Tensor | None], out: Tensor) -> None:
     given += [given[0]] * (3 - len(given))
     block = min(_BLOCK_K, next_power_of_2(K))
     with launch_device(out):
-        _stack_kernel[(F, triton.cdiv(K, block))](
+        _stack_kernel[(F, cdiv(K, block))](
             *given, out, out.stride(0), K, R1=ranks[0], R2=ranks[1], R3=ranks[2], BLOCK_K=block,
         )  # fmt: skip
 
@@ -157,7 +158,7 @@ def block_diagonal_triton(
     BLOCK_F = next_power_of_2(F)
     BLOCK_N = max(1, _TILE // BLOCK_F)
     with launch_device(out):
-        _block_diagonal_kernel[(triton.cdiv(N, BLOCK_N),)](
+        _block_diagonal_kernel[(cdiv(N, BLOCK_N),)](
             *blocks, out, out.stride(0), *rows, *[0] * missing,
             *(float(s) for s in scales), *[0.0] * missing,
             R1=ranks[0], R2=ranks[1], R3=ranks[2], F=F, BLOCK_N=BLOCK_N, BLOCK_F=BLOCK_F,

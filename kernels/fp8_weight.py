@@ -35,6 +35,7 @@ from lorafuse.kernels.nf4 import Quantised4bit, _scales
 from lorafuse.kernels.nf4 import reference as dequantised
 from lorafuse.kernels.runtime import (
     cached_launch,
+    cdiv,
     interpreting,
     kernel_dtypes,
     launch_device,
@@ -336,13 +337,13 @@ def weight_top(weight: Weight, tops: Tensor) -> None:
     with launch_device(tops):
         if isinstance(weight, Quantised4bit):
             blocks = weight.absmax.numel()
-            _top_4bit_kernel[(triton.cdiv(blocks, _TOP_TILE),)](
+            _top_4bit_kernel[(cdiv(blocks, _TOP_TILE),)](
                 *_parts(weight), bits, blocks, BLOCKSIZE2=weight.blocksize2 or 1,
                 NESTED=weight.nested, TILE=_TOP_TILE, num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip
         else:
             flat = weight.contiguous()
-            programs = min(_TOP_PROGRAMS, triton.cdiv(flat.numel(), _TOP_TILE))
+            programs = min(_TOP_PROGRAMS, cdiv(flat.numel(), _TOP_TILE))
             _top_kernel[(programs,)](
                 flat, bits, flat.numel(), PROGRAMS=programs, TILE=_TOP_TILE, num_warps=8
             )
@@ -357,7 +358,7 @@ def codes(weight: Weight, tops: Tensor, out: Tensor) -> None:
     with launch_device(out):
         if isinstance(weight, Quantised4bit):
             tile = next((n for n in _TILES if K % n == 0), min(_TILES[0], next_power_of_2(K)))
-            _codes_4bit_kernel[(N, triton.cdiv(K, tile))](
+            _codes_4bit_kernel[(N, cdiv(K, tile))](
                 weight.packed, *_parts(weight), tops, out, out.stride(0),
                 K=K, BLOCKSIZE=weight.blocksize, BLOCKSIZE2=weight.blocksize2 or 1,
                 BYTES=tile // 2, NESTED=weight.nested, EVEN=K % tile == 0,
@@ -366,7 +367,7 @@ def codes(weight: Weight, tops: Tensor, out: Tensor) -> None:
         else:
             rows = weight if weight.stride(1) == 1 else weight.contiguous()
             block = min(_TILES[0], next_power_of_2(K))
-            _codes_kernel[(N, triton.cdiv(K, block))](
+            _codes_kernel[(N, cdiv(K, block))](
                 rows, tops, out, rows.stride(0), out.stride(0), K=K, BLOCK=block,
                 EXACT=interpreting(), num_warps=max(1, block // 512),
             )  # fmt: skip
@@ -387,7 +388,7 @@ def codes_transposed(weight: Weight, tops: Tensor, out: Tensor) -> None:
     words = out.view(torch.int32)
     packed = isinstance(weight, Quantised4bit)
     block_n, block_k, warps = _TRANSPOSED_4BIT if packed else _TRANSPOSED
-    grid = (triton.cdiv(K, block_k), triton.cdiv(N, block_n))
+    grid = (cdiv(K, block_k), cdiv(N, block_n))
     with launch_device(out):
         if isinstance(weight, Quantised4bit):
             one_block = K % weight.blocksize == 0 and weight.blocksize % block_k == 0
@@ -415,7 +416,7 @@ def column_tops(S: Tensor, tops: Tensor) -> None:
     P = next_power_of_2(R)
     block = max(1, min(128, _FOLD_TILE // P))
     with launch_device(S):
-        _column_tops_kernel[(triton.cdiv(J, block),)](
+        _column_tops_kernel[(cdiv(J, block),)](
             S, tops.view(torch.int32), J, *S.stride(), R=R, P=P, BLOCK_J=block
         )
 

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafuse.kernels.runtime import (
     cached_launch,
+    cdiv,
     launch_device,
     next_power_of_2,
     tl,
@@ -170,9 +171,9 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], activation: str, **flags: 
         return
     BLOCK_I = min(next_power_of_2(width), _MAX_BLOCK_I)
     BLOCK_T = _TILE // BLOCK_I
-    columns = triton.cdiv(width, BLOCK_I)
+    columns = cdiv(width, BLOCK_I)
     with launch_device(tensors[0]):
-        kernel[(triton.cdiv(T, BLOCK_T) * columns,)](
+        kernel[(cdiv(T, BLOCK_T) * columns,)](
             *tensors, T, columns, *(t.stride(0) for t in tensors),
             WIDTH=width, BLOCK_T=BLOCK_T, BLOCK_I=BLOCK_I, ACTIVATION=activation, **flags,
             num_warps=4,

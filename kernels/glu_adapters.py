@@ -23,6 +23,7 @@ from torch import Tensor
 from lorafuse.kernels.glu import _act, _check, glu_bwd_
 from lorafuse.kernels.runtime import (
     cached_launch,
+    cdiv,
     interpreting,
     launch_device,
     mm_fp32,
@@ -178,10 +179,10 @@ def glu_bwd_adapters_(
     if not _serves(gate, factors):
         return reference(gate, up, dm, activation, G, xA_gate, xA_up)
     T, width = gate.shape
-    columns = triton.cdiv(width, _BLOCK_I)
-    rows = triton.cdiv(T, _BLOCK_T)
-    tiles = triton.cdiv(rows, min(rows, triton.cdiv(_PROGRAMS, columns)))
-    shares = triton.cdiv(rows, tiles)
+    columns = cdiv(width, _BLOCK_I)
+    rows = cdiv(T, _BLOCK_T)
+    tiles = cdiv(rows, min(rows, cdiv(_PROGRAMS, columns)))
+    shares = cdiv(rows, tiles)
     RD, RG, RU = (0 if f is None else f.shape[1] for f in factors)
     PD, PG, PU = (max(16, next_power_of_2(R)) for R in (RD, RG, RU))
     partial = [

@@ -28,7 +28,7 @@ LoRA: https://arxiv.org/abs/2106.09685
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +148,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Autocast off: inside a fused op every dtype is chosen here, not by the dispatcher."""
+    if not torch.is_autocast_enabled(x.device.type):  # as in every backward pass
+        return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 

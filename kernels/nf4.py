@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafuse.kernels.runtime import cached_launch, launch_device, tl, triton, use_triton
+from lorafuse.kernels.runtime import cached_launch, cdiv, launch_device, tl, triton, use_triton
 
 __all__ = ["Quantised4bit", "dequantise", "reference"]
 
@@ -167,7 +167,7 @@ def dequantise(
     tile = max(2 * _TILE_BYTES, w.blocksize)
     with launch_device(out):
         # fp fusion off: bitsandbytes rounds the product before it adds the offset.
-        _dequantise_kernel[(triton.cdiv(N * K, tile),)](
+        _dequantise_kernel[(cdiv(N * K, tile),)](
             w.packed, w.code, w.absmax,
             w.code if w.code2 is None else w.code2, w.code if w.absmax2 is None else w.absmax2,
             w.code if w.offset is None else w.offset, out, N * K, out.stride(0),

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafuse.kernels.runtime import (
     cached_launch,
+    cdiv,
     launch_device,
     next_power_of_2,
     tl,
@@ -245,7 +246,7 @@ def rms_norm_fwd(
     BLOCK_K, BLOCK_T, warps = _tile(K)
     G, strides = _row_strides(x, residual, sum_out, out)
     with launch_device(x):
-        _rms_norm_fwd_kernel[(triton.cdiv(rstd.numel(), BLOCK_T),)](
+        _rms_norm_fwd_kernel[(cdiv(rstd.numel(), BLOCK_T),)](
             x, weight, x if residual is None else residual, x if sum_out is None else sum_out,
             out, rstd, rstd.numel(), G, *strides, eps, offset,
             K=K, BLOCK_K=BLOCK_K, BLOCK_T=BLOCK_T, HAS_RESIDUAL=residual is not None,
@@ -285,8 +286,8 @@ def rms_norm_bwd(
         return dx, torch.zeros_like(weight) if need_dweight else None
     BLOCK_K, BLOCK_T, warps = _tile(K)
     G, strides = _row_strides(dy, x, residual_grad, dx)
-    tiles = triton.cdiv(triton.cdiv(T, BLOCK_T), _DWEIGHT_PROGRAMS) if need_dweight else 1
-    programs = triton.cdiv(T, BLOCK_T * tiles)
+    tiles = cdiv(cdiv(T, BLOCK_T), _DWEIGHT_PROGRAMS) if need_dweight else 1
+    programs = cdiv(T, BLOCK_T * tiles)
     partial_dw = None
     if need_dweight:
         partial_dw = torch.empty((programs, K), dtype=torch.float32, device=x.device)

@@ -291,9 +291,7 @@ class FusedAttention(FusedForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            bound = self.__signature__.bind(*args, **kwargs)
-            arguments = dict(bound.arguments)
-            arguments.update(arguments.pop("kwargs", {}))
+            arguments = self.arguments(args, kwargs)
             h = arguments.pop("hidden_states", None)
             positions = arguments.pop("position_embeddings", None)
             mask = arguments.pop("attention_mask", None)

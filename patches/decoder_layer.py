@@ -47,8 +47,7 @@ class FusedDecoderLayer(FusedForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
         try:
-            arguments = dict(self.__signature__.bind(*args, **kwargs).arguments)
-            arguments.update(arguments.pop("kwargs", {}))
+            arguments = self.arguments(args, kwargs)
             h = arguments.pop("hidden_states", None)
             positions = arguments.pop("position_embeddings", None)
             mask = arguments.pop("attention_mask", None)
