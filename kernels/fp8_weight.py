@@ -296,7 +296,7 @@ def _fold_kernel(
     LOG2: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One row. A tile of rows, whose high parts were codes turned back into fp32, came out wrong
-    on an H100 (Triton 3.6): half of the low parts were taken from other elements."""
+    on an H100 (Triton 3.6): LoRA's term was 1.5 times what it should be."""
     row = tl.program_id(0).to(tl.int64)
     s = _weight_scale(tops_ptr)
     tl.store(scale_ptr + row, s)

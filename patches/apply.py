@@ -446,6 +446,8 @@ class _Applier:
                 "attention: the backend is left to torch and transformers (cuDNN is preferred only "
                 "for attn_implementation=sdpa with fused_attention=auto on Hopper and newer GPUs)"
             )
+            if self.backend == "auto":
+                note += "; under sdpa, packed and right-padded batches train without the dense mask"
             if note not in self.result.notes:
                 self.result.notes.append(note)
 

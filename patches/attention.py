@@ -108,7 +108,7 @@ class AttentionReader:
             q, k = rope(q, k, cos, sin, self.interleaved, self.round_products)
         module, function = self.module, attention_function(self.module)
         if cache is None and self.backend == "auto":
-            layout, own = self.layout(q, attention_mask, kwargs)
+            layout, own = self.layout(q, attention_mask, kwargs, function)
             if layout is not None and layout.plain:
                 attention_mask, function = None, own
             elif layout is not None and serves(q):
@@ -138,7 +138,11 @@ class AttentionReader:
         return float(q.shape[-1] ** -0.5 if scaling is None else scaling)  # type: ignore[arg-type]
 
     def layout(
-        self, q: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+        self,
+        q: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+        function: Callable[..., Any],
     ) -> tuple[Layout | None, Callable[..., Any]]:
         """(how the documents of this batch lie, or None; the function that the rest goes to).
 
@@ -146,7 +150,7 @@ class AttentionReader:
         result is all that the mask says. Axolotl puts a function of its own in sdpa's place when it
         packs: that one reads the documents from the positions, and stands aside for a mask.
         """
-        module, function = self.module, attention_function(self.module)
+        module = self.module
         config = getattr(module, "config", None)
         if (
             implementation(module) != "sdpa"

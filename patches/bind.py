@@ -55,7 +55,7 @@ class FusedForward:
         Raises:
             TypeError: they do not fit its signature.
         """
-        # Models pass the hidden states by position and the rest by name. `bind` takes 50 us.
+        # Models pass the hidden states by position and the rest by name; `bind` is slow.
         if not args:
             return dict(kwargs)
         if len(args) == 1 and self._first is not None and self._first not in kwargs:

@@ -34,8 +34,7 @@ class _Recorder(FusedForward):
         self.call: LayerCall | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = dict(self.__signature__.bind(*args, **kwargs).arguments)
-        arguments.update(arguments.pop("kwargs", {}))
+        arguments = self.arguments(args, kwargs)
         h = arguments.pop("hidden_states", None)
         if not isinstance(h, Tensor):
             raise Unsupported("its decoder layer takes no hidden_states")

@@ -59,15 +59,20 @@ class Training:
         self.batch = batch(job, model.config.get_text_config().vocab_size)
         self.numbers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def step(self) -> None:
+    def backward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and gradient norm; the clipped gradients stay on the parameters."""
         inputs = {name: tensor.to(self.device) for name, tensor in self.batch.items()}
         with torch.autocast(self.device.type, torch.bfloat16):
             loss = self.model(**inputs, use_cache=False).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trained, MAX_NORM)
+        return loss.detach(), norm.detach()
+
+    def step(self) -> None:
+        numbers = self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.numbers.append((loss.detach(), norm.detach()))
+        self.numbers.append(numbers)
 
     def timed_step(self) -> float:
         """Seconds, with all of the GPU's work."""
