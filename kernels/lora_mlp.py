@@ -14,10 +14,12 @@ comes without them (but with dropout, where they are computed again). Backward, 
     dh = d(norm)(dX) + dY              dY is the residual's gradient
 
 gate/up are overwritten by their gradients, in the buffer that already has room for G_gu. A second
-backward through the same graph (`retain_graph=True`) notices and recomputes them from h.
+backward through the same graph (`retain_graph=True`) notices and recomputes them from h; so does
+the first one with `keep_gate_up=False`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,91 +68,170 @@ def reference(
     return h + y if residual else y
 
 
+@dataclass(frozen=True)
+class _Spec:
+    """What does not change between the row tiles of one call."""
+
+    gate_up: tuple[LoraProjection, ...]
+    down: LoraProjection
+    activation: str
+    norm: NormPrologue | None
+    residual: bool
+    dtype: torch.dtype
+    keep_gate_up: bool
+
+    def groups(self, tensors: Sequence[Tensor | None]) -> tuple[Group, Group]:
+        """(gate and up, down), with the adapters and biases that autograd has handed over."""
+        split = 3 * len(self.gate_up)
+        return (
+            Group(with_tensors(self.gate_up, tensors[:split]), self.dtype),
+            Group(with_tensors((self.down,), tensors[split:]), self.dtype),
+        )
+
+
 class LoraMlpFunction(torch.autograd.Function):
     """Forward and hand-derived backward; see the module's docstring for what is saved."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        h: Tensor,
-        gate_up: tuple[LoraProjection, ...],
-        down: LoraProjection,
-        activation: str,
-        norm: NormPrologue | None,
-        residual: bool,
-        dtype: torch.dtype,
-        *tensors: Tensor | None,
+        ctx: Any, h: Tensor, spec: _Spec, tile_rows: int, *tensors: Tensor | None
     ) -> Tensor:
         with without_autocast(h):
             flat = as_rows(h)
-            split = 3 * len(gate_up)
-            first = Group(with_tensors(gate_up, tensors[:split]), dtype)
-            second = Group(with_tensors((down,), tensors[split:]), dtype)
-            rng_first = RngState.capture(h.device) if first.has_dropout else None
-            x, x_wide, rstd = read_input(flat, first, norm)
-            gu, gA = _gate_up(first, x, x_wide)
-            del x, x_wide
-            rng_second = RngState.capture(h.device) if second.has_dropout else None
-            m, m_wide = _activate(gu, first, second, activation)
-            same = flat.dtype == dtype
-            y = flat.new_empty(flat.shape[0], second.out_features, dtype=dtype)
-            _, mA = group_fwd(second, m, m_wide, y, flat if residual and same else None)
-            if residual and not same:
-                y = flat + y
-        ctx.save_for_backward(h, rstd, gu, gA, mA, *tensors)
-        ctx.spec = gate_up, down, activation, norm, residual, dtype
-        ctx.rng = rng_first, rng_second
+            first, second = spec.groups(tensors)
+            sums = torch.promote_types(h.dtype, spec.dtype) if spec.residual else spec.dtype
+            y = flat.new_empty(flat.shape[0], second.out_features, dtype=sums)
+            saved: list[Tensor | None] = []
+            ctx.rng = []
+            ctx.tiles = _tiles(flat.shape[0], tile_rows)
+            for rows in ctx.tiles:
+                kept, rng = _forward_rows(spec, first, second, flat[rows], y[rows])
+                saved += kept
+                ctx.rng.append(rng)
+        ctx.save_for_backward(h, *saved, *tensors)
+        ctx.spec = spec
         ctx.consumed = False
         return y.view(*h.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        h, rstd, gu, gA, mA, *tensors = ctx.saved_tensors
-        gate_up, down, activation, norm, residual, dtype = ctx.spec
-        rng_first, rng_second = ctx.rng
-        needs = ctx.needs_input_grad[7:]
-        need_h = ctx.needs_input_grad[0]
+        h, *saved = ctx.saved_tensors
+        n = 4 * len(ctx.tiles)
+        kept, tensors = saved[:n], saved[n:]
+        spec, needs, need_h = ctx.spec, ctx.needs_input_grad[3:], ctx.needs_input_grad[0]
         with without_autocast(h):
-            flat = as_rows(h)
-            split = 3 * len(gate_up)
-            first = Group(with_tensors(gate_up, tensors[:split]), dtype)
-            second = Group(with_tensors((down,), tensors[split:]), dtype)
-            if ctx.consumed:
-                gu = _recompute_gate_up(first, flat, norm, rng_first)
+            first, second = spec.groups(tensors)
+            flat, dflat = as_rows(h), as_rows(dy)
+            whole = dh = None
+            sums: list[Tensor | None] = []
+            for i, rows in enumerate(ctx.tiles):
+                rstd, gu, gA, mA = kept[4 * i : 4 * i + 4]
+                dh, gradients = _backward_rows(
+                    spec, first, second, flat[rows], dflat[rows], rstd,
+                    None if ctx.consumed else gu, gA, mA, needs, need_h, ctx.rng[i],
+                )  # fmt: skip
+                sums = _add(sums, gradients)
+                if dh is not None and len(ctx.tiles) > 1:
+                    whole = dh.new_empty(flat.shape) if whole is None else whole
+                    whole[rows].copy_(dh)
+                    dh = whole
             ctx.consumed = True
-            gu = gu.data  # autograd's version check is for readers that do not know; we are told
-            width = first.out_features
-            gate, up = gu[:, : width // 2], gu[:, width // 2 : width]
-            need_first = need_h or any(needs[:split])
+            adapters = [
+                None if s is None or t is None else s.to(t.dtype)
+                for s, t in zip(sums, tensors, strict=True)
+            ]
+        return None if dh is None else dh.view(h.shape), None, None, *adapters
 
-            dflat = as_rows(dy)
-            below, dB = _down_backward(
-                first, second, gate, up, activation, dflat, gA, mA, needs, need_first, rng_second
-            )
-            if not need_first:
-                return (None,) * (7 + split) + tuple(below)
 
-            dgu, dgu_wide = gu[:, :width], None
-            if need_h and gu.shape[1] > width:
-                dgu_wide = gu
-            G = lora_gradient(first, dgu, dgu_wide)
-            dh = None
-            if need_h:
-                dh = input_gradient(first, dgu, dgu_wide, G, rng_first)
-            above = normed_adapter_gradients(
-                first, flat, norm, rstd, gA, dgu, G, needs[:split], rng_first, dB
-            )
-            del gu, gate, up, dgu, dgu_wide, G
-            if dh is not None and norm is not None:
-                through = dflat if residual else None
-                dh, _ = rms_norm_bwd(
-                    dh, flat, norm.weight, rstd, norm.offset, through, need_dweight=False
-                )
-            elif dh is not None:
-                dh = (dh + dflat if residual else dh).to(h.dtype)
-        dh = None if dh is None else dh.view(h.shape)
-        return dh, None, None, None, None, None, None, *above, *below
+def _tiles(rows: int, tile_rows: int) -> list[slice]:
+    """Slices of at most `tile_rows` rows, all of nearly one size; one slice for 0."""
+    if not 0 < tile_rows < rows:
+        return [slice(None)]
+    count = -(-rows // tile_rows)
+    size = -(-rows // count)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _add(sums: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of one more tile; summed in fp32 at least."""
+    if not sums:
+        return more
+    return [
+        a if b is None else b if a is None else _wide(a).add_(b)
+        for a, b in zip(sums, more, strict=True)
+    ]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _forward_rows(
+    spec: _Spec, first: Group, second: Group, h: Tensor, y: Tensor
+) -> tuple[list[Tensor | None], tuple[RngState | None, RngState | None]]:
+    """Writes Y of the rows `h` into `y`; returns what backward needs: rstd, gate/up, XA, MA."""
+    rng_first = RngState.capture(h.device) if first.has_dropout else None
+    x, x_wide, rstd = read_input(h, first, spec.norm)
+    gu, gA = _gate_up(first, x, x_wide)
+    del x, x_wide
+    rng_second = RngState.capture(h.device) if second.has_dropout else None
+    m, m_wide = _activate(gu, first, second, spec.activation)
+    kept = [rstd, gu if spec.keep_gate_up else None, gA]
+    del gu
+    same = y.dtype == spec.dtype
+    out = y if same else y.new_empty(y.shape, dtype=spec.dtype)
+    _, mA = group_fwd(second, m, m_wide, out, h if spec.residual and same else None)
+    if not same:
+        torch.add(h, out, out=y)
+    return [*kept, mA], (rng_first, rng_second)
+
+
+def _backward_rows(
+    spec: _Spec,
+    first: Group,
+    second: Group,
+    h: Tensor,
+    dy: Tensor,
+    rstd: Tensor | None,
+    gu: Tensor | None,
+    gA: Tensor | None,
+    mA: Tensor | None,
+    needs: Sequence[bool],
+    need_h: bool,
+    rng: tuple[RngState | None, RngState | None],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dh in h's dtype, or None, and the gradients of the adapters and biases."""
+    rng_first, rng_second = rng
+    if gu is None:
+        gu = _recompute_gate_up(first, h, spec.norm, rng_first)
+    gu = gu.data  # autograd's version check is for readers that do not know; we are told
+    split = 3 * len(spec.gate_up)
+    width = first.out_features
+    gate, up = gu[:, : width // 2], gu[:, width // 2 : width]
+    need_first = need_h or any(needs[:split])
+    below, dB = _down_backward(
+        first, second, gate, up, spec.activation, dy, gA, mA, needs, need_first, rng_second
+    )
+    if not need_first:
+        return None, [None] * split + below
+    dgu, dgu_wide = gu[:, :width], None
+    if need_h and gu.shape[1] > width:
+        dgu_wide = gu
+    G = lora_gradient(first, dgu, dgu_wide)
+    dh = input_gradient(first, dgu, dgu_wide, G, rng_first) if need_h else None
+    above = normed_adapter_gradients(
+        first, h, spec.norm, rstd, gA, dgu, G, needs[:split], rng_first, dB
+    )
+    del gu, gate, up, dgu, dgu_wide, G
+    if dh is not None and spec.norm is not None:
+        assert rstd is not None
+        through = dy if spec.residual else None
+        norm = spec.norm
+        dh, _ = rms_norm_bwd(dh, h, norm.weight, rstd, norm.offset, through, need_dweight=False)
+    elif dh is not None:
+        dh = (dh + dy if spec.residual else dh).to(h.dtype)
+    return dh, [*above, *below]
 
 
 def _gate_up(group: Group, x: Tensor, x_wide: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -247,6 +328,8 @@ def lora_mlp(
     activation: str,
     norm: NormPrologue | None = None,
     residual: bool = False,
+    keep_gate_up: bool = True,
+    tile_rows: int = 0,
 ) -> Tensor:
     """Y = down(act(gate(X)) * up(X)) (+ h), with X = norm(h) or h, LoRA on any of the projections.
 
@@ -261,6 +344,10 @@ def lora_mlp(
         activation: "silu", "gelu" (erf) or "gelu_tanh".
         norm: frozen RMS norm in front, or None.
         residual: add `h` to the output (K' = K).
+        keep_gate_up: keep gate/up [T, 2I] for backward; else it is computed from `h` again.
+        tile_rows: forward and backward go through the tokens in tiles of at most so many, so that
+            gate/up and M exist for one tile at a time (gate/up only without `keep_gate_up`); 0: all
+            at once. Outputs may differ in the last bit from those of another tile size.
 
     Returns:
         [..., K'] in the compute dtype, or with `residual` in the promoted dtype of that and `h`'s.
@@ -280,14 +367,14 @@ def lora_mlp(
         raise ValueError(
             f"a residual needs as many outputs as inputs; got {down.out_features} and {h.shape[-1]}"
         )
-    output: Tensor = LoraMlpFunction.apply(
-        h,
+    spec = _Spec(
         without_tensors(gate_up),
         without_tensors([down])[0],
         activation,
         norm,
         residual,
         compute_dtype(h),
-        *flat_tensors([*gate_up, down]),
+        keep_gate_up,
     )
+    output: Tensor = LoraMlpFunction.apply(h, spec, tile_rows, *flat_tensors([*gate_up, down]))
     return output

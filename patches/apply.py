@@ -21,6 +21,7 @@ from lorafuse.patches.attention import (
     SharedProjections,
 )
 from lorafuse.patches.bind import Binding, FusedForward, Unsupported
+from lorafuse.patches.checkpointing import AUTO, Checkpointing, CheckpointingRecord
 from lorafuse.patches.decoder_layer import FusedDecoderLayer
 from lorafuse.patches.documents import DocumentFinder
 from lorafuse.patches.fp8 import OPERATION as FP8
@@ -56,6 +57,7 @@ __all__ = [
 ]
 
 OPERATIONS = ("lora_mlp", "lora_qkv", "lora_o", "rms_norm", "rope", "attention", "cross_entropy")
+_NOT_WHOLE = "no decoder layer is fused whole here; the trainer's own checkpointing holds"
 _NO_ADAPTERS = "the model has no LoRA adapters"
 _NOTHING = {
     "lora_mlp": NO_GATED_MLP,
@@ -101,14 +103,17 @@ class OperationRecord:
 class FusedModel:
     """The outcome of `apply`, and the way back."""
 
-    records: list[OperationRecord | Fp8Record] = field(default_factory=list)
+    records: list[OperationRecord | Fp8Record | CheckpointingRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     binding: Binding = field(default_factory=Binding)
     fp8_noise: Fp8Noise | None = None
+    checkpointing: Checkpointing | None = None
 
     def unfuse(self) -> None:
         """Restores every module's forward exactly; raises RuntimeError where that is impossible."""
         self.binding.undo()
+        if self.checkpointing is not None:
+            self.checkpointing.undo()
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +134,11 @@ class _Applier:
         formats: Sequence[WeightFormat],
         backend: str,
         fp8: bool,
+        checkpointing: str,
+        budget_bytes: float | None,
     ) -> None:
         self.model, self.enabled, self.fp8 = model, enabled, fp8
+        self.checkpointing = Checkpointing(checkpointing, budget_bytes)
         self.groups: list[Group] = []
         self.structures, self.formats, self.backend = structures, formats, backend
         self.finder = DocumentFinder()
@@ -178,6 +186,7 @@ class _Applier:
                 if isinstance(f.description, kind) and id(f.description.module) not in self.claimed:
                     fuse_one(f)
         self.causal_loss()
+        self.checkpoint(layers)
         self.report_nothing()
         if self.fp8:
             self.switch_fp8_on()
@@ -251,6 +260,24 @@ class _Applier:
             self.result.binding.bind(forward.module, forward)
             for readers in forward.linear_groups():
                 self.groups.append((self.names.get(id(readers[0].module), ""), readers))
+
+    def checkpoint(self, layers: Sequence[_Found]) -> None:
+        """Has the layers that are fused whole keep their activations as asked for."""
+        chosen = self.checkpointing
+        for f in layers:
+            module = f.description.module
+            forward = module.__dict__.get("forward")
+            if isinstance(forward, FusedDecoderLayer):
+                forward.checkpointing = chosen.add(module, forward.sizes())
+                record = CheckpointingRecord(f.name, forward.checkpointing)
+                self.result.records.append(record)
+            elif chosen.mode != AUTO:
+                self.result.records.append(CheckpointingRecord(f.name, reason=_NOT_WHOLE))
+        if not layers and chosen.mode != AUTO:
+            self.result.records.append(CheckpointingRecord("", reason=_NOT_WHOLE))
+        if chosen.layers:
+            self.result.checkpointing = chosen
+            chosen.replace_trainers()
 
     def switch_fp8_on(self) -> None:
         """After every proof, which is of the model's own dtype."""
@@ -521,6 +548,8 @@ def apply(
     weight_formats: Sequence[WeightFormat] = BUILTIN_WEIGHT_FORMATS,
     attention: str = "auto",
     fp8: bool = False,
+    checkpointing: str = AUTO,
+    budget_bytes: float | None = None,
 ) -> FusedModel:
     """Binds fused forwards on the instances of `model`, each proven first.
 
@@ -531,11 +560,15 @@ def apply(
         weight_formats: readers of base weights.
         attention: "auto" (prefer cuDNN's attention where it is faster) or "sdpa" (torch's order).
         fp8: base GEMMs in FP8 where this GPU can; never by default, for it is coarser than bf16.
+        checkpointing: what decoder layers keep for backward, a mode of `checkpointing`.
+        budget_bytes: of GPU memory, for `auto`; None: what there is.
 
     Returns:
         What was fused, what not and why, and the way back.
     """
-    applier = _Applier(model, enabled, structures, weight_formats, attention, fp8)
+    applier = _Applier(
+        model, enabled, structures, weight_formats, attention, fp8, checkpointing, budget_bytes
+    )
     try:
         return applier.run()
     except BaseException:

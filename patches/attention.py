@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.bind import FusedForward, Unsupported
 from lorafuse.patches.documents import DocumentFinder, Layout
 from lorafuse.patches.norms import apply_norm, prologue
+from lorafuse.patches.recomputation import Note, Tape, run_stage
 from lorafuse.patches.structure import Attention, Projections
 from lorafuse.patches.weights import WeightFormat
 
@@ -75,6 +77,11 @@ class AttentionReader:
         """(q, k and v), (o)."""
         return [self.qkv, (self.o,)]
 
+    @property
+    def norms_heads(self) -> bool:
+        """Whether q or k has a norm on each head."""
+        return self.q_norm is not None or self.k_norm is not None
+
     def prepare(self, x: Tensor) -> tuple[list[LoraProjection], LoraProjection]:
         """(q, k and v, o) as kernel projections; raises Unsupported."""
         for norm in (self.q_norm, self.k_norm):
@@ -82,30 +89,53 @@ class AttentionReader:
                 prologue(norm) if not norm.weight.requires_grad else None
         return [reader.projection(x) for reader in self.qkv], self.o.projection(x)
 
+    def project(
+        self,
+        note: Note,
+        h: Tensor,
+        projections: Sequence[LoraProjection],
+        norm: NormPrologue | None,
+        residual: bool,
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, ...]:
+        """q [B, S, Hq, D], k, v [B, S, Hk, D], and h for `residual`; notes what is saved of it."""
+        cos, sin = position_embeddings
+        plain = not self.norms_heads
+        rotary = Rotary(cos, sin, self.interleaved, self.round_products) if plain else None
+        q, k, v, *around = lora_qkv(h, projections, self.heads, norm, rotary, residual)
+        note(q)  # in whose buffer k and v lie, too
+        if not plain:
+            if self.q_norm is not None:
+                q = apply_norm(self.q_norm, q)
+            if self.k_norm is not None:
+                k = apply_norm(self.k_norm, k)
+            q, k = rope(q, k, cos, sin, self.interleaved, self.round_products)
+            note(q)
+            note(k)
+        return q, k, v, *around
+
     def __call__(
         self,
         h: Tensor,
-        prepared: tuple[list[LoraProjection], LoraProjection],
+        projections: Sequence[LoraProjection],
         norm: NormPrologue | None,
         residual: bool,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         cache: Any,
         kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:
-        """(o(attention), with h added for `residual`; attention weights or None)."""
-        projections, output = prepared
-        cos, sin = position_embeddings
-        if self.q_norm is None and self.k_norm is None:
-            rotary = Rotary(cos, sin, self.interleaved, self.round_products)
-            q, k, v, *around = lora_qkv(h, projections, self.heads, norm, rotary, residual)
-        else:
-            q, k, v, *around = lora_qkv(h, projections, self.heads, norm, None, residual)
-            if self.q_norm is not None:
-                q = apply_norm(self.q_norm, q)
-            if self.k_norm is not None:
-                k = apply_norm(self.k_norm, k)
-            q, k = rope(q, k, cos, sin, self.interleaved, self.round_products)
+        tape: Tape | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(attention [B, S, Hq D], h to be added for `residual`, attention weights or None)."""
+        project = partial(
+            self.project,
+            projections=projections,
+            norm=norm,
+            residual=residual,
+            position_embeddings=position_embeddings,
+        )
+        q, k, v, *around = run_stage(tape, project, projections, h)
+        beside = around[0] if around else h
         module, function = self.module, attention_function(self.module)
         if cache is None and self.backend == "auto":
             layout, own = self.layout(q, attention_mask, kwargs, function)
@@ -114,7 +144,7 @@ class AttentionReader:
             elif layout is not None and serves(q):
                 q, k, v = (x.flatten(0, 1) for x in (q, k, v))
                 attended = varlen_attention(q, k, v, layout.documents, self.scale(q))
-                return lora_o(attended.view(*h.shape[:2], -1), output, *around), None
+                return attended.view(*h.shape[:2], -1), beside, None
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, module.layer_idx)
@@ -130,7 +160,7 @@ class AttentionReader:
                 **self.extras,
                 **kwargs,
             )
-        return lora_o(attended.flatten(2), output, *around), weights
+        return attended.flatten(2), beside, weights
 
     def scale(self, q: Tensor) -> float:
         """The factor of the scores, as torch's sdpa takes it."""
@@ -302,11 +332,14 @@ class FusedAttention(FusedForward):
             if not isinstance(h, Tensor) or h.dim() != 3 or h.numel() == 0 or positions is None:
                 raise Unsupported("it was called without hidden states or position embeddings")
             cache = take_cache(arguments, self.module.training)
-            prepared = self.attention.prepare(h)
+            qkv, output = self.attention.prepare(h)
         except Unsupported as unsupported:
             return self.fall_back(unsupported.reason, *args, **kwargs)
         self.calls += 1
-        return self.attention(h, prepared, None, False, positions, mask, cache, arguments)
+        attended, _, weights = self.attention(
+            h, qkv, None, False, positions, mask, cache, arguments
+        )
+        return lora_o(attended, output), weights
 
 
 class SharedProjections:

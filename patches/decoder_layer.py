@@ -6,19 +6,27 @@
     h3      = h2 + mlp(norm_2(h2))        one Function, `kernels.lora_mlp`
 
 With norms behind the blocks (Gemma 2 and 3), the residual is added after them.
+
+What is kept of it for backward is `checkpointing`'s to say: with a tape, q, k, v and h2 are stages
+that run again, and gate/up are computed again within their Function.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from lorafuse.kernels.lora_linear import LoraProjection, NormPrologue
+from lorafuse.kernels.lora_o import lora_o
 from lorafuse.patches.attention import AttentionReader, take_cache
 from lorafuse.patches.bind import FusedForward, Unsupported
+from lorafuse.patches.checkpointing import LayerCheckpointing, LayerSizes
 from lorafuse.patches.documents import DocumentFinder
 from lorafuse.patches.hooks import has_live_hooks
 from lorafuse.patches.mlp import MlpReader
 from lorafuse.patches.norms import apply_norm, prologue
+from lorafuse.patches.recomputation import Note, Tape, run_stage
 from lorafuse.patches.structure import DecoderLayer
 from lorafuse.patches.weights import WeightFormat
 
@@ -40,9 +48,24 @@ class FusedDecoderLayer(FusedForward):
         self.layer = layer
         self.attention = AttentionReader(layer.attention, formats, interleaved, backend, finder)
         self.mlp = MlpReader(layer.mlp, formats)
+        # How this layer keeps its activations; None: all of them stay.
+        self.checkpointing: LayerCheckpointing | None = None
 
     def linear_groups(self) -> list[Sequence[Any]]:
         return [*self.attention.linear_groups(), *self.mlp.linear_groups()]
+
+    def sizes(self) -> LayerSizes:
+        """What decides how much memory its activations take."""
+        qkv = sum(reader.out_features for reader in self.attention.qkv)
+        heads, apart = self.attention.heads, self.attention.norms_heads
+        gate_up = self.mlp.gate_up
+        return LayerSizes(
+            hidden=gate_up[0].in_features,
+            qkv=qkv,
+            attention=self.attention.o.in_features,
+            gate_up=sum(reader.out_features for reader in gate_up),
+            rotated=(heads.query + heads.key_value) * heads.size if apart else 0,
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
@@ -64,10 +87,55 @@ class FusedDecoderLayer(FusedForward):
         except Unsupported as unsupported:
             return self.fall_back(unsupported.reason, *args, **kwargs)
         self.calls += 1
-        post_1, post_2 = layer.attention_post_norm, layer.mlp_post_norm
-        residual = post_1 is None
-        a, _ = self.attention(h, attention, norm_1, residual, positions, mask, cache, arguments)
-        h2 = a if post_1 is None else h + apply_norm(post_1, a)
+        keeping = None if self.checkpointing is None else self.checkpointing.begin(h, positions)
+        forward = partial(
+            self.forward, h, attention, mlp, norm_1, norm_2, positions, mask, cache, arguments
+        )
+        if keeping is None:
+            return forward(None, 0)
+        with keeping.tape:
+            return forward(keeping.tape, keeping.tile_rows)
+
+    def forward(
+        self,
+        h: Tensor,
+        attention: tuple[Sequence[LoraProjection], LoraProjection],
+        mlp: tuple[Any, Any],
+        norm_1: NormPrologue,
+        norm_2: NormPrologue,
+        positions: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: Any,
+        arguments: dict[str, Any],
+        tape: Tape | None,
+        tile_rows: int,
+    ) -> Tensor:
+        """The fused path. `tape`: says what is kept; None: all. `tile_rows`: of the MLP."""
+        post_1, post_2 = self.layer.attention_post_norm, self.layer.mlp_post_norm
+        qkv, output = attention
+        attended, beside, _ = self.attention(
+            h, qkv, norm_1, post_1 is None, positions, mask, cache, arguments, tape
+        )
+        add = partial(self.add_attention, output=output)
+        h2: Tensor = run_stage(tape, add, [output], attended, beside)
+        keep = tape is None
         if post_2 is None:
-            return self.mlp(h2, mlp, norm_2, True)
-        return h2 + apply_norm(post_2, self.mlp(h2, mlp, norm_2, False))
+            return self.mlp(h2, mlp, norm_2, True, keep, tile_rows)
+        return h2 + apply_norm(post_2, self.mlp(h2, mlp, norm_2, False, keep, tile_rows))
+
+    def add_attention(self, note: Note, o: Tensor, h: Tensor, output: LoraProjection) -> Tensor:
+        """h2 = h + o(attention), with the norm behind o where there is one."""
+        post = self.layer.attention_post_norm
+        a = lora_o(o, output, h if post is None else None)
+        note(a)
+        if post is None:
+            return a
+        h2 = h + apply_norm(post, a)
+        note(h2)
+        return h2
+
+    def fall_back(self, reason: str, *args: Any, **kwargs: Any) -> Any:
+        self.stock_calls[reason] += 1
+        if self.checkpointing is not None:
+            return self.checkpointing.stock(self.stock, *args, **kwargs)
+        return self.stock(*args, **kwargs)

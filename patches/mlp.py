@@ -30,10 +30,16 @@ class MlpReader:
         return [reader.projection(x) for reader in self.gate_up], self.down.projection(x)
 
     def __call__(
-        self, x: Tensor, prepared: tuple[Any, Any], norm: NormPrologue | None, residual: bool
+        self,
+        x: Tensor,
+        prepared: tuple[Any, Any],
+        norm: NormPrologue | None,
+        residual: bool,
+        keep_gate_up: bool = True,
+        tile_rows: int = 0,
     ) -> Tensor:
         gate_up, down = prepared
-        return lora_mlp(x, gate_up, down, self.activation, norm, residual)
+        return lora_mlp(x, gate_up, down, self.activation, norm, residual, keep_gate_up, tile_rows)
 
 
 class FusedMlp(FusedForward):

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from lorafuse.plugin.errors import FuseConfigError
 
@@ -49,8 +49,12 @@ class FuseConfig(BaseModel):
         fused_fp8: The base GEMMs of the LoRA operations in FP8 (e4m3, a scale for each token):
             faster on Hopper and newer GPUs, and coarser than bf16. LoRA's own part keeps its
             precision. Neither `fused: true` nor naming no operation turns it on.
-        fused_checkpointing: `auto` leaves the trainer's own gradient checkpointing as it is. The
-            other modes are not in this version and are refused.
+        fused_checkpointing: What decoder layers that are fused whole keep for backward, in place of
+            the trainer's own gradient checkpointing. `off` keeps all, `selective` computes again
+            what is cheap, `offload` also moves what it keeps to the host, `auto` picks for each
+            layer the fastest of these that the GPU's memory has room for.
+        fused_memory_gb: GPU memory that `auto` may plan for, in GB of 1e9 bytes; without it, all
+            that the GPU has.
         fused_strict: An operation that cannot be fused, or is never called, stops the run.
         fused_plugins: Load third parties' plugins (entry-point group `lorafuse`).
             The environment variable `LORAFUSE_PLUGINS=0` switches them off too.
@@ -71,7 +75,8 @@ class FuseConfig(BaseModel):
     fused_attention: Literal["auto", "sdpa", "off"] = "auto"
     fused_optimizer: StrictBool = True
     fused_fp8: StrictBool = False
-    fused_checkpointing: Literal["auto"] = "auto"
+    fused_checkpointing: Literal["off", "selective", "offload", "auto"] = "auto"
+    fused_memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
     fused_strict: StrictBool = False
     fused_plugins: StrictBool = True
     fused_trace: StrictBool = False
@@ -86,6 +91,13 @@ class FuseConfig(BaseModel):
             raise FuseConfigError(
                 f"`{FP8}: true` has no effect without {', '.join(others)} or {last}, "
                 "whose base GEMMs it is for; turn one of them on, or drop the line"
+            )
+
+        if self.fused_memory_gb is not None and self.fused_checkpointing != "auto":
+            raise FuseConfigError(
+                f"`fused_memory_gb: {self.fused_memory_gb:g}` has no effect with "
+                f"`fused_checkpointing: {self.fused_checkpointing}`, which plans nothing; use "
+                "`fused_checkpointing: auto`, or drop the line"
             )
 
     @model_validator(mode="before")
@@ -192,9 +204,13 @@ def _explain_one(name: str, value: object) -> str:
         return f"`{name}` is not a flag of lorafuse; {meant}The flags are: {', '.join(flags)}"
     if name == "fused_checkpointing":
         return (
-            f"`fused_checkpointing: {_as_yaml(value)}` is not in this version; use `auto`, which "
-            "leaves the trainer's own checkpointing as it is, and set the trainer's "
-            "`gradient_checkpointing` to true (less memory) or false (faster)"
+            f"`fused_checkpointing: {_as_yaml(value)}` is not supported; use off, selective, "
+            "offload or auto"
+        )
+    if name == "fused_memory_gb":
+        return (
+            f"`fused_memory_gb: {_as_yaml(value)}` is not supported; give the GB of GPU memory "
+            "that fused_checkpointing: auto may plan for, as in 22.5"
         )
     if name == "fused_attention":
         return f"`fused_attention: {_as_yaml(value)}` is not supported; use auto, sdpa or off"

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lorafuse.patches.apply import FusedModel, OperationRecord, apply
+from lorafuse.patches.checkpointing import CheckpointingRecord
 from lorafuse.patches.fp8 import Fp8Record
 from lorafuse.patches.optimizer import fuse_optimizer
 from lorafuse.plugin import log
@@ -91,7 +92,9 @@ def fuse_with(
     plugins.call("lorafuse_adapter_attached", model=model, config=config)
     aside = aside or compiled
     fused = _stand_aside(config, aside) if aside else _apply(model, config, plugins)
-    report = FuseReport(config, fused.records, fused.unfuse, fused.notes, fused.fp8_noise)
+    report = FuseReport(
+        config, fused.records, fused.unfuse, fused.notes, fused.fp8_noise, fused.checkpointing
+    )
     try:
         report.check_fused()
     except Exception:
@@ -149,13 +152,15 @@ def _apply(model: nn.Module, config: FuseConfig, plugins: Plugins) -> FusedModel
         weight_formats=plugins.contributions("lorafuse_weight_formats"),
         attention=config.fused_attention,
         fp8=config.fused_fp8,
+        checkpointing=config.fused_checkpointing,
+        budget_bytes=None if config.fused_memory_gb is None else 1e9 * config.fused_memory_gb,
     )
 
 
 def _stand_aside(config: FuseConfig, reason: str) -> FusedModel:
     asked = [name for name, on in config.enabled().items() if on]
     asked += [FP8.removeprefix(PREFIX)] if config.fused_fp8 else []
-    records: list[OperationRecord | Fp8Record] = [
+    records: list[OperationRecord | Fp8Record | CheckpointingRecord] = [
         OperationRecord(
             operation=name, module="", fused=False, level="", reason=reason, forward=None
         )

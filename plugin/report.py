@@ -100,6 +100,7 @@ class FuseReport:
         unfuse: Takes everything off the model again.
         notes: Lines that belong to no single operation.
         fp8_noise: Signal to noise of FP8 products, a dataclass, where FP8 is on.
+        checkpointing: The engine's `Checkpointing`, where decoder layers are fused whole.
     """
 
     def __init__(
@@ -109,10 +110,12 @@ class FuseReport:
         unfuse: Callable[[], None],
         notes: Sequence[str] = (),
         fp8_noise: Any = None,
+        checkpointing: Any = None,
     ) -> None:
         self.config = config
         self.notes = list(notes)
         self.fp8_noise = fp8_noise
+        self.checkpointing = checkpointing
         self.steps = 0
         self._records = records
         self._unfuse = unfuse
@@ -129,6 +132,11 @@ class FuseReport:
         self._records = [*self._records, record]
         if undo is not None:
             self._undo.append(undo)
+
+    def note(self, line: str) -> None:
+        """Adds a line that belongs to no single operation, once."""
+        if line not in self.notes:
+            self.notes.append(line)
 
     def operations(self) -> dict[str, OperationReport]:
         """The state of each operation, by its name without `fused_`."""

@@ -7,16 +7,18 @@ them. A callback is never given its handler: it is found in the frame that calls
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from lorafuse.plugin import log
 from lorafuse.plugin.fuse import add_optimizer, unwrap
 from lorafuse.plugin.manager import Plugins
+from lorafuse.plugin.out_of_memory import StepRepeater
 from lorafuse.plugin.report import FILE_NAME, FuseReport
 from lorafuse.plugin.throughput import Throughput, peak_memory_gb
 
@@ -40,6 +42,7 @@ class RunCallback(TrainerCallback):
         self.plugins = plugins
         self.report = report
         self._throughput = Throughput()
+        self._repeater: StepRepeater | None = None
 
     def on_train_begin(
         self,
@@ -52,6 +55,7 @@ class RunCallback(TrainerCallback):
         model, _ = unwrap(kwargs["model"])
         add_optimizer(report, kwargs.get("optimizer"))
         self._go_first()
+        self._checkpoint(report, args)
         self._throughput.attach(model)
         _write(report, args)
         log.info("what was fused\n" + report.text())
@@ -126,6 +130,9 @@ class RunCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._throughput.detach()
+        if self._repeater is not None:
+            self._repeater.detach()
+            self._repeater = None
         _write(self._reported(), args)
 
     def _reported(self) -> FuseReport:
@@ -133,20 +140,43 @@ class RunCallback(TrainerCallback):
             raise RuntimeError("the model was never fused: on_train_begin did not run")
         return self.report
 
+    def _checkpoint(self, report: FuseReport, args: TrainingArguments) -> None:
+        """Stands in for the trainer's own checkpointing, which is on by now if it ever will be."""
+        checkpointing = report.checkpointing
+        if checkpointing is None:
+            return
+        replaced = checkpointing.replace_trainers()
+        if replaced:
+            report.note(
+                f"gradient checkpointing of the trainer: {replaced} decoder layers keep their "
+                f"activations by fused_checkpointing: {report.config.fused_checkpointing} instead"
+            )
+        if report.config.fused_checkpointing != "auto":
+            return
+        # The others would wait for a rank that starts anew.
+        trainer = next((one for one in _callers() if isinstance(one, Trainer)), None)
+        if args.world_size == 1 and trainer is not None and self._repeater is None:
+            self._repeater = StepRepeater(trainer, checkpointing)
+
     def _go_first(self) -> None:
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            handler = frame.f_locals.get("self")
+        for handler in _callers():
             if isinstance(handler, CallbackHandler) and self in handler.callbacks:
                 # A new list: the handler is iterating over the old one.
                 handler.callbacks = [self, *(one for one in handler.callbacks if one is not self)]
                 return
-            frame = frame.f_back
         log.warning(
             f"{TOKENS_PER_SECOND} and {PEAK_MEMORY_GB} reach state.log_history and the callbacks "
             "that were added later, but not W&B, MLflow and TensorBoard: this trainer calls its "
             "callbacks in a way of its own"
         )
+
+
+def _callers() -> Iterator[Any]:
+    """`self` of each function on the stack that has one, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_locals.get("self")
+        frame = frame.f_back
 
 
 def _write(report: FuseReport, args: TrainingArguments) -> None:

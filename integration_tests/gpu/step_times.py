@@ -3,10 +3,11 @@
     python integration_tests/gpu/step_times.py --json times.json
     python integration_tests/gpu/step_times.py --model tiny --quant none --device cpu --tokens 64
 
-First the same step, stock and fused, from the same state: loss and gradient norm must agree. Then
-whole steps are timed, stock and fused, plain and packed, in FP8, recomputed and not, down to short
-batches. `lorafuse bench` times the same steps one system a process; here models, caches and the
-allocator are shared, so peaks and times of a setting are rougher, and there are more of them.
+First the same step, stock and in each mode of `fused_checkpointing`, from the same state: loss and
+gradient norm must agree. Then whole steps are timed: stock and fused, plain and packed, in FP8, in
+each mode, for long and for short rows. `lorafuse bench` times the same steps one system a process;
+here models, caches and the allocator are shared, so peaks and times of a setting are rougher, and
+there are more of them.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from lorafuse.plugin.bench_worker import WARM_UP, Training, make_optimizer
 from lorafuse.plugin.geometries import find_model
 
 SHORT = (128, 512, 2048)
+MODES = ("off", "selective", "offload")
 DOCUMENTS = 8  # a row
 
 
@@ -52,16 +55,16 @@ class Timer:
             self.optimizer.zero_grad(set_to_none=True)
         return found
 
-    def time(self, name: str, **changes: int) -> None:
-        """Median of whole steps with their waits, and the peak of memory."""
+    def time(self, name: str, warm_up: int = WARM_UP, **changes: int) -> None:
+        """Median of whole steps that follow each other, and the peak of memory."""
         training = self.training(**changes)
         peak = 0.0
         try:
-            for _ in range(WARM_UP):
+            for _ in range(warm_up):
                 training.timed_step()
             if training.on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            steps = [1e3 * training.timed_step() for _ in range(self.job.steps)]
+            steps = [1e3 * one for one in training.timed_steps(self.job.steps)]
         except torch.OutOfMemoryError:
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
@@ -87,6 +90,12 @@ class Timer:
             if n < self.job.tokens:
                 self.time(f"{name}, 1 x {n}", batch=1, tokens=n)
 
+    def long(self, mode: str, lengths: list[int]) -> None:
+        """A mode at the usual shape, and at rows of other lengths alone."""
+        self.pair(mode)
+        for n in lengths:
+            self.time(f"{mode}, 1 x {n}", 1, batch=1, tokens=n)
+
     def fused(self, run: Callable[[], Any], **flags: Any) -> Any:
         """`run` on the fused model, which is the stock one again afterwards."""
         report = fuse(self.model, FuseConfig(**flags), optimizer=self.optimizer)
@@ -105,6 +114,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--long", type=int, nargs="*", default=[16384])
+    parser.add_argument("--only-modes", action="store_true", help="of fused_checkpointing")
     parser.add_argument("--json")
     args = parser.parse_args()
     timer = Timer(args)
@@ -113,16 +124,21 @@ def main() -> None:
     # Checkpointed first: stock's activations of a whole 8B model may not fit.
     timer.model.gradient_checkpointing_enable({"use_reentrant": False})
     timer.model.enable_input_require_grads()
-    same = {"stock": timer.numbers(), "fused": timer.fused(timer.numbers)}
+    same = {"stock": timer.numbers()}
+    for mode in MODES:
+        same[mode] = timer.fused(timer.numbers, fused_checkpointing=mode)
     print("same step, plain and packed (loss, gradient norm):", same, flush=True)
-    timer.pair("stock, checkpointing")
-    timer.fused(lambda: timer.pair("fused, checkpointing"))
+    if not args.only_modes:
+        timer.pair("stock, checkpointing")
     timer.model.gradient_checkpointing_disable()
-    timer.short("stock")
-    timer.fused(lambda: timer.short("fused"))
-    timer.fused(lambda: timer.pair("fused"))
-    if on_gpu:
-        timer.fused(lambda: timer.pair("fused, FP8"), fused_fp8=True)
+    for mode in MODES[1:]:
+        timer.fused(partial(timer.long, mode, args.long), fused_checkpointing=mode)
+    timer.fused(lambda: timer.pair("fused"), fused_checkpointing="off")
+    if not args.only_modes:
+        timer.short("stock")
+        timer.fused(lambda: timer.short("fused"))
+        if on_gpu:
+            timer.fused(lambda: timer.pair("fused, FP8"), fused_fp8=True)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             what = torch.cuda.get_device_name() if on_gpu else "cpu"

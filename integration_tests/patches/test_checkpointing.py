@@ -1,0 +1,218 @@
+"""Each mode trains as `off` does, and keeps what it says."""
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorafuse.patches import checkpointing, offload, recomputation
+from lorafuse.patches.apply import OPERATIONS, apply
+from lorafuse.patches.checkpointing import AUTO, MODES, OFF, OFFLOAD, SELECTIVE, LayerSizes, plan
+
+ALL = dict.fromkeys(OPERATIONS, True)
+FAMILIES = ["llama", "llama-biased", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "phi3"]
+
+
+@pytest.fixture(autouse=True)
+def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a tiny model's activations go to the host."""
+    monkeypatch.setattr(recomputation, "SMALL_BYTES", 1)
+
+
+def equal(ours, stock) -> None:
+    assert set(ours) == set(stock)
+    for name, expected in stock.items():
+        assert torch.equal(ours[name], expected), name
+
+
+def modes_of(fused) -> list[str]:
+    return [r.level for r in fused.records if r.operation == checkpointing.OPERATION]
+
+
+@pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD])
+@pytest.mark.parametrize("nf4", [False, True], ids=["float", "nf4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_bits_as_off(family, nf4, mode, make_peft, step) -> None:
+    model = make_peft(family, torch.bfloat16, nf4=nf4)
+    fused = apply(model, ALL, checkpointing=OFF)
+    off = step(model)
+    fused.unfuse()
+    fused = apply(model, ALL, checkpointing=mode)
+    ours = [step(model) for _ in range(2)]
+    assert modes_of(fused) == [mode] * 2
+    for one in ours:
+        equal(one, off)
+
+
+@pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD])
+def test_dropout_draws_the_same_masks_again(mode, make_peft, step) -> None:
+    model = make_peft("llama", lora_dropout=0.3)
+    results = []
+    for one in (OFF, mode):
+        fused = apply(model, ALL, checkpointing=one)
+        torch.manual_seed(7)
+        results.append(step(model))
+        after = torch.rand(1)
+        results[-1]["rng"] = after
+        fused.unfuse()
+    equal(results[1], results[0])
+
+
+@pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD])
+def test_packed_documents(mode, make_peft, step, tokens) -> None:
+    positions = torch.cat([torch.arange(12), torch.arange(8)]).repeat(2, 1).to(tokens.device)
+    model = make_peft("llama")
+    results = []
+    for one in (OFF, mode):
+        fused = apply(model, ALL, checkpointing=one)
+        results.append(step(model, position_ids=positions, use_cache=False))
+        fused.unfuse()
+    equal(results[1], results[0])
+
+
+@pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD])
+def test_two_forwards_before_one_backward(mode, make_peft, tokens) -> None:
+    """As DPO does, and as a second backward through the same graph does."""
+    model = make_peft("qwen3")
+    results = []
+    for one in (OFF, mode):
+        fused = apply(model, ALL, checkpointing=one)
+        model.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = loss + 2 * model(input_ids=tokens.flip(1), labels=tokens).loss
+        loss.backward(retain_graph=True)
+        loss.backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        fused.unfuse()
+    equal(results[1], results[0])
+
+
+@pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD])
+def test_tiles_of_the_mlp(mode, make_peft, step, close, monkeypatch) -> None:
+    monkeypatch.setattr(checkpointing, "TILE_ROWS", {SELECTIVE: 12, OFFLOAD: 7})
+    model = make_peft("llama")
+    stock = step(model)
+    apply(model, ALL, checkpointing=mode)
+    close(step(model), stock)
+
+
+@contextmanager
+def counting(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Bytes of the tensors that a graph keeps, storages counted once."""
+    storages: dict[int, tuple[Tensor, int]] = {}
+    seen: list[Tensor] = []
+    pack = recomputation.Tape._pack
+
+    def note(tape, tensor):
+        packed = pack(tape, tensor)
+        if isinstance(packed, Tensor) and not isinstance(packed, torch.nn.Parameter):
+            storage = packed.untyped_storage()
+            storages[storage.data_ptr()] = packed, storage.nbytes()
+            seen.append(packed)
+        return packed
+
+    recomputation.Tape._pack = note
+    try:
+        yield lambda: sum(nbytes for _, nbytes in storages.values())
+    finally:
+        recomputation.Tape._pack = pack
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_only_the_input_and_attentions_output_are_kept(family, make_peft, tokens, device) -> None:
+    model = make_peft(family)
+    fused = apply(model, ALL, checkpointing=SELECTIVE)
+    with counting(device) as kept:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        found = kept()
+    sizes = fused.checkpointing.layers[0].sizes
+    wide = 4 * tokens.numel() * (sizes.hidden + sizes.attention)
+    # XA of the four groups, rstd, cos and sin, log-sum-exp, rstd of the norms on heads
+    small = 4 * tokens.numel() * (4 * 16 + 2 + 2 * 16 + 8 + 6)
+    assert 2 * wide <= found <= 2 * (wide + small) + 4096
+    loss.backward()
+
+
+def test_nothing_outlives_the_step(make_peft, step) -> None:
+    model = make_peft("llama")
+    apply(model, ALL, checkpointing=OFFLOAD)
+    step(model)
+    gc.collect()
+    alive = [o for o in gc.get_objects() if isinstance(o, recomputation.Stage | offload.HostCopy)]
+    tapes = [o for o in gc.get_objects() if isinstance(o, recomputation.Tape)]
+    assert not alive and len(tapes) <= 1
+
+
+def test_an_adapter_that_changed_meanwhile_is_an_error(make_peft, tokens) -> None:
+    model = make_peft("llama")
+    apply(model, ALL, checkpointing=SELECTIVE)
+    loss = model(input_ids=tokens, labels=tokens).loss
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    with pytest.raises(RuntimeError, match=r"changed between forward and backward|inplace"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("mode", [*MODES, AUTO])
+def test_it_stands_in_for_the_trainers_own(mode, reentrant, make_peft, step, close) -> None:
+    model = make_peft("llama")
+    stock = step(model)
+    model.enable_input_require_grads()
+    enable = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    model.gradient_checkpointing_enable(**enable)
+    fused = apply(model, ALL, checkpointing=mode)
+    layers = [one.module for one in fused.checkpointing.layers]
+    assert not any(layer.gradient_checkpointing for layer in layers)
+    close(step(model), stock)
+    expected = SELECTIVE if mode == AUTO and not torch.cuda.is_available() else mode
+    if expected != AUTO:
+        assert modes_of(fused) == [expected] * 2
+    # The trainer may enable it later, when training begins: the first call still runs inside it.
+    model.gradient_checkpointing_enable(**enable)
+    close(step(model), stock)
+    assert not any(layer.gradient_checkpointing for layer in layers)
+    close(step(model), stock)
+    fused.unfuse()
+    assert all(layer.gradient_checkpointing for layer in layers)
+    close(step(model), stock)
+
+
+def test_a_copy_of_a_fused_model_trains(make_peft, step, close) -> None:
+    model = make_peft("llama")
+    apply(model, ALL, checkpointing=OFFLOAD)
+    stock = step(model)
+    close(step(copy.deepcopy(model)), stock)
+
+
+def test_evaluation_and_frozen_passes_keep_nothing(make_peft, tokens) -> None:
+    model = make_peft("llama")
+    fused = apply(model, ALL, checkpointing=SELECTIVE)
+    with torch.no_grad():
+        model(input_ids=tokens, labels=tokens)
+    assert [r.calls for r in fused.records if r.operation == checkpointing.OPERATION] == [0, 0]
+
+
+SIZES = [LayerSizes(4096, 6144, 4096, 28672)] * 32
+
+
+@pytest.mark.parametrize("tokens", [128, 8192, 131072])
+def test_a_plan_uses_what_is_free(tokens) -> None:
+    order = {mode: i for i, mode in enumerate(MODES)}
+    before = 0
+    for free in (1e9, 4e9, 8e9, 16e9, 32e9, 64e9, 128e9, 1e12):
+        modes = plan(SIZES, tokens, 2, free)
+        ranks = [order[mode] for mode in modes]
+        assert ranks == sorted(ranks, reverse=True)
+        speed = sum(2 - rank for rank in ranks)
+        assert speed >= before
+        before = speed
+    assert modes == [OFF] * 32
+    assert plan(SIZES, tokens, 2, 0) == [OFFLOAD] * 32
+    assert plan(SIZES, tokens, 2, 1e12, floor=SELECTIVE) == [SELECTIVE] * 32

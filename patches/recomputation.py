@@ -1,0 +1,243 @@
+"""What a fused decoder layer keeps for its backward pass, and what it computes again.
+
+Everything that autograd saves while a layer runs goes through the layer's `Tape`:
+
+    tensors of a stage      are dropped; the stage runs again when the first of them is asked for
+    parameters              stay where they are
+    the rest                is kept: on the GPU, or what is large on the host (`patches.offload`)
+
+A stage is a piece of the layer's forward that is run again as it ran, without autograd, on the same
+inputs: the same kernels on the same numbers give the same bits. Its tensors are told by the memory
+that they lie in, so that views of them (heads turned for attention) are found too. What a stage
+computed is freed when all that was saved of it has been handed out.
+
+This works under any attention function, and inside torch's own checkpointing: it is plain
+`saved_tensors_hooks`.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafuse.kernels.lora_linear import LoraProjection, RngState, forked_rng
+from lorafuse.patches.offload import HostCopy, Offloader
+
+__all__ = ["Note", "Stage", "Tape", "run_stage"]
+
+# Below, a tensor is not worth a copy to the host: rstd, log-sum-exp, the r-wide XA.
+SMALL_BYTES = 2**23
+# Told each tensor that a stage makes and autograd may save, in the same order each time.
+Note = Callable[[Tensor], None]
+
+
+class _Place:
+    """A layout within a storage: how a saved tensor lies in the one that it is a view of."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype = tensor.dtype
+        self.size, self.stride = tensor.shape, tensor.stride()
+        self.offset = tensor.storage_offset()
+
+    def within(self, storage: torch.UntypedStorage, device: torch.device) -> Tensor:
+        return torch.empty(0, dtype=self.dtype, device=device).set_(
+            storage, self.offset, self.size, self.stride
+        )
+
+
+class Stage:
+    """A piece of a layer's forward that can run again.
+
+    Args:
+        run: computes it, and notes its tensors.
+        projections: whose adapters it reads; they may not change before backward.
+        like: a tensor of the device that it runs on.
+    """
+
+    def __init__(
+        self, run: Callable[[Note], Any], projections: Sequence[LoraProjection], like: Tensor
+    ) -> None:
+        self.run = run
+        self.device = like.device
+        kind = like.device.type
+        self.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        drops = any(p.dropout > 0 and p.A is not None for p in projections)
+        self.rng = RngState.capture(like.device) if drops else None
+        self.read = [t for p in projections for t in (p.A, p.B, p.bias) if t is not None]
+        self.versions = [t._version for t in self.read]
+        self.saved = self.handed_out = 0
+        self.tensors: list[Tensor] = []
+
+    def again(self) -> list[Tensor]:
+        """Its tensors, in the order in which they were noted."""
+        if self.tensors:
+            return self.tensors
+        if [t._version for t in self.read] != self.versions:
+            raise RuntimeError(
+                "an adapter was changed between forward and backward, which "
+                "fused_checkpointing recomputes from; step the optimiser after backward, or set "
+                "fused_checkpointing: off"
+            )
+        enabled, dtype = self.autocast
+        fork: AbstractContextManager[Any] = nullcontext()
+        if self.rng is not None:
+            fork = forked_rng(self.device)
+        with fork, torch.no_grad(), torch.autocast(self.device.type, dtype, enabled):
+            if self.rng is not None:
+                self.rng.restore(self.device)
+            self.run(self.tensors.append)
+        return self.tensors
+
+    def tensor(self, index: int, place: _Place) -> Tensor:
+        """A saved one."""
+        found = place.within(self.again()[index].untyped_storage(), self.device)
+        self.handed_out += 1
+        if self.handed_out % self.saved == 0:  # a second backward begins anew
+            self.tensors = []
+        return found
+
+
+class _Again:
+    """In a graph, in place of a tensor of a stage."""
+
+    def __init__(self, tape: "Tape", stage: Stage, index: int, tensor: Tensor) -> None:
+        self.tape, self.stage, self.index, self.place = tape, stage, index, _Place(tensor)
+        stage.saved += 1
+
+    def tensor(self) -> Tensor:
+        self.tape.comes()
+        return self.stage.tensor(self.index, self.place)
+
+
+class _OnHost:
+    """In a graph, in place of a tensor that lies on the host."""
+
+    def __init__(self, tape: "Tape", copy: HostCopy, tensor: Tensor) -> None:
+        self.tape, self.copy, self.place = tape, copy, _Place(tensor)
+
+    def tensor(self) -> Tensor:
+        self.tape.comes()
+        return self.place.within(self.copy.on_device(), self.copy.device)
+
+
+class Tape:
+    """One call of one layer. A context: what autograd saves within goes through it.
+
+    Args:
+        offloader: takes what is kept to the host; None: it stays.
+        shared: tensors that other layers read too, and that stay where they are.
+        before: the tape of the layer before, whose tensors are fetched when ours are asked for.
+    """
+
+    def __init__(
+        self,
+        offloader: Offloader | None = None,
+        shared: Sequence[Tensor] = (),
+        before: "Tape | None" = None,
+    ) -> None:
+        self.offloader = offloader
+        self.before = None if before is None else weakref.ref(before)
+        self.copies: dict[int, HostCopy] = {}
+        self._shared = {t.untyped_storage().data_ptr() for t in shared}
+        self._stages: dict[int, tuple[Stage, int]] = {}
+        # Noted tensors, held while the tape is open: no other can lie at their address.
+        self._held: list[Tensor] = []
+        self._hooks: Any = None
+        self._has_come = False
+
+    def __enter__(self) -> "Tape":
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+        self._hooks = None
+        self._stages, self._held = {}, []
+
+    def stage(
+        self, run: Callable[..., Any], projections: Sequence[LoraProjection], *inputs: Tensor
+    ) -> Any:
+        """Runs a stage: `run(note, *inputs)`.
+
+        Args:
+            run: computes the stage and notes each tensor that autograd may save of it; it is called
+                with the same inputs again, without their graph.
+            projections: that it reads.
+            *inputs: are kept.
+
+        Returns:
+            What `run` does.
+        """
+        kept = [self.keep(x) for x in inputs]
+        stage = Stage(lambda note: run(note, *(get() for get in kept)), projections, inputs[0])
+        count = 0
+
+        def note(tensor: Tensor) -> None:
+            nonlocal count
+            self._held.append(tensor)
+            self._stages[tensor.untyped_storage().data_ptr()] = stage, count
+            count += 1
+
+        return run(note, *inputs)
+
+    def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Keeps a stage's input; gives it back when the stage runs again."""
+        tensor = tensor.detach()
+        self._held.append(tensor)
+        packed = self._pack(tensor)
+        return lambda: _unpack(packed)
+
+    def comes(self) -> None:
+        """Backward has reached this layer: the one before is next."""
+        if self._has_come:
+            return
+        self._has_come = True
+        before = None if self.before is None else self.before()
+        if before is not None:
+            before.prefetch()
+
+    def prefetch(self) -> None:
+        """Starts the copies back to the GPU."""
+        for copy in self.copies.values():
+            copy.prefetch()
+
+    def _pack(self, tensor: Tensor) -> Any:
+        if isinstance(tensor, nn.Parameter) or type(tensor) is not Tensor:
+            return tensor
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address in self._stages:
+            return _Again(self, *self._stages[address], tensor)
+        if self.offloader is None or storage.nbytes() < SMALL_BYTES or address in self._shared:
+            return tensor
+        if address not in self.copies:
+            self._held.append(tensor)
+            self.copies[address] = self.offloader.take(tensor)
+        return _OnHost(self, self.copies[address], tensor)
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, _Again | _OnHost):
+        return packed.tensor()
+    tensor: Tensor = packed
+    return tensor
+
+
+def run_stage(
+    tape: Tape | None,
+    run: Callable[..., Any],
+    projections: Sequence[LoraProjection],
+    *inputs: Tensor,
+) -> Any:
+    """`tape.stage`, or plainly `run` where there is no tape."""
+    if tape is None:
+        return run(_ignore, *inputs)
+    return tape.stage(run, projections, *inputs)
+
+
+def _ignore(tensor: Tensor) -> None:
+    pass
