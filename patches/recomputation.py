@@ -212,7 +212,12 @@ class Tape:
         address = storage.data_ptr()
         if address in self._stages:
             return _Again(self, *self._stages[address], tensor)
-        if self.offloader is None or storage.nbytes() < SMALL_BYTES or address in self._shared:
+        if (
+            self.offloader is None
+            or storage.nbytes() < SMALL_BYTES
+            or address in self._shared
+            or tensor.device != self.offloader.device  # as the seeds of FlashAttention
+        ):
             return tensor
         if address not in self.copies:
             self._held.append(tensor)

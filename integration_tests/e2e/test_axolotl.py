@@ -160,9 +160,9 @@ def test_an_unsupported_model_trains_as_stock_and_says_why(axolotl, tiny_gpt2, t
         ({"fused": True, "lora_mlp_kernel": True}, "contradicts the fused_* flags"),
         ({"fused_cross_entropy": True, "cut_cross_entropy": True}, "cross-entropy optimisations"),
         ({"fused_lora_mpl": True}, "fused_lora_mlp"),
-        ({"fused_checkpointing": "selective"}, "gradient_checkpointing"),
+        ({"fused": True, "fused_memory_gb": -4}, "GB of GPU memory"),
     ],
-    ids=["both kernels", "two cross-entropies", "misspelt flag", "a later version's mode"],
+    ids=["both kernels", "two cross-entropies", "misspelt flag", "negative memory"],
 )
 def test_wrong_settings_stop_before_the_model_loads(axolotl, tmp_path, settings, message) -> None:
     # The model does not exist: an error about it would mean that ours came too late.

@@ -51,7 +51,7 @@ def test_an_unsloth_flag_is_an_error_with_the_new_name(theirs: str, ours: str) -
     [
         ({"fused_lora_mpl": True}, "did you mean `fused_lora_mlp`"),
         ({"fused_attention": "flash"}, "use auto, sdpa or off"),
-        ({"fused_checkpointing": "selective"}, "not in this version"),
+        ({"fused_checkpointing": "some"}, "use off, selective, offload or auto"),
         ({"fused": "yes"}, "write `fused: true`"),
         ({"fused_strict": True}, "has no effect"),
     ],

@@ -94,6 +94,11 @@ def test_a_yaml_that_asks_for_nothing(settings: dict[str, Any]) -> None:
         ({"fused": False, "fused_rope": True}, "`fused: false` contradicts `fused_rope: true`"),
         ({"fused_strict": True}, "has no effect"),
         ({"fused_checkpointing": "auto"}, "has no effect"),
+        ({"fused_checkpointing": "some", "fused": True}, "use off, selective, offload or auto"),
+        ({"fused_checkpointing": True, "fused": True}, "use off, selective, offload or auto"),
+        ({"fused_memory_gb": 0, "fused": True}, "give the GB of GPU memory"),
+        ({"fused_memory_gb": "24GB", "fused": True}, "give the GB of GPU memory"),
+        ({"fused_memory_gb": True, "fused": True}, "give the GB of GPU memory"),
     ],
 )
 def test_wrong_yaml_flags(settings: dict[str, Any], message: str) -> None:
@@ -102,12 +107,21 @@ def test_wrong_yaml_flags(settings: dict[str, Any], message: str) -> None:
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("mode", ["selective", "offload", "off", False])
-def test_checkpointing_of_a_later_version_is_refused(mode: object) -> None:
-    with pytest.raises(FuseConfigError, match=r"not in this version.*`gradient_checkpointing`"):
-        FuseConfig(fused_checkpointing=mode)
-    with pytest.raises(FuseConfigError, match="not in this version"):
-        FuseConfig.from_yaml({"fused": True, "fused_checkpointing": mode})
+@pytest.mark.parametrize("mode", ["selective", "offload", "off", "auto"])
+def test_modes_of_checkpointing(mode: str) -> None:
+    assert FuseConfig(fused_checkpointing=mode).fused_checkpointing == mode
+    # YAML 1.1 reads a bare `off` as false.
+    settings = {"fused": True, "fused_checkpointing": mode if mode != "off" else False}
+    config = FuseConfig.from_yaml(settings)
+    assert config is not None and config.fused_checkpointing == mode and config.fused_rope
+
+
+def test_memory_is_for_auto() -> None:
+    assert FuseConfig(fused_memory_gb=22).fused_memory_gb == 22
+    config = FuseConfig.from_yaml({"fused": True, "fused_memory_gb": 14.5})
+    assert config is not None and config.fused_memory_gb == 14.5
+    with pytest.raises(FuseConfigError, match="has no effect with `fused_checkpointing: offload`"):
+        FuseConfig(fused_memory_gb=22, fused_checkpointing="offload")
 
 
 def test_a_flag_cannot_change_afterwards() -> None:
