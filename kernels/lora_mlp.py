@@ -27,6 +27,13 @@ from torch.autograd.function import once_differentiable
 from lorafuse.kernels.glu import glu_bwd_, glu_fwd
 from lorafuse.kernels.glu import reference as glu_reference
 from lorafuse.kernels.glu_adapters import glu_bwd_adapters_
+from lorafuse.kernels.gradient_room import (
+    ask_for_room,
+    give_room,
+    room_asked_by_the_maker,
+    take_room,
+    wide_gradient,
+)
 from lorafuse.kernels.lora_linear import (
     Group,
     LoraProjection,
@@ -97,6 +104,8 @@ class LoraMlpFunction(torch.autograd.Function):
             _, mA = group_fwd(second, m, m_wide, y, flat if residual and same else None)
             if residual and not same:
                 y = flat + y
+        ask_for_room(ctx, second.gradient_room(y.shape[0]) if y.dtype == dtype else 0)
+        ctx.room = room_asked_by_the_maker(h)
         ctx.save_for_backward(h, rstd, gu, gA, mA, *tensors)
         ctx.spec = gate_up, down, activation, norm, residual, dtype
         ctx.rng = rng_first, rng_second
@@ -126,8 +135,9 @@ class LoraMlpFunction(torch.autograd.Function):
 
             dflat = as_rows(dy)
             below, dB = _down_backward(
-                first, second, gate, up, activation, dflat, gA, mA, needs, need_first, rng_second
-            )
+                first, second, gate, up, activation, dflat, take_room(ctx, dy), gA, mA, needs,
+                need_first, rng_second,
+            )  # fmt: skip
             if not need_first:
                 return (None,) * (7 + split) + tuple(below)
 
@@ -135,7 +145,7 @@ class LoraMlpFunction(torch.autograd.Function):
             if need_h and gu.shape[1] > width:
                 dgu_wide = gu
             G = lora_gradient(first, dgu, dgu_wide)
-            dh = None
+            dh = dh_wide = None
             if need_h:
                 dh = input_gradient(first, dgu, dgu_wide, G, rng_first)
             above = normed_adapter_gradients(
@@ -143,20 +153,20 @@ class LoraMlpFunction(torch.autograd.Function):
             )
             del gu, gate, up, dgu, dgu_wide, G
             if dh is not None and norm is not None:
-                through = dflat if residual else None
+                dh_wide = wide_gradient(flat, ctx.room)
                 dh, _ = rms_norm_bwd(
-                    dh, flat, norm.weight, rstd, norm.offset, through, need_dweight=False
-                )
+                    dh, flat, norm.weight, rstd, norm.offset, dflat if residual else None,
+                    need_dweight=False, out=None if dh_wide is None else dh_wide[:, : h.shape[-1]],
+                )  # fmt: skip
             elif dh is not None:
                 dh = (dh + dflat if residual else dh).to(h.dtype)
-        dh = None if dh is None else dh.view(h.shape)
+        dh = None if dh is None else give_room(dh.view(h.shape), dh_wide)
         return dh, None, None, None, None, None, None, *above, *below
 
 
 def _gate_up(group: Group, x: Tensor, x_wide: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """gate/up [T, 2I + room for G, where backward will fold], and the saved XA."""
-    room = group.fold_backward if group.folds_backward(x.shape[0], copies_input=False) else 0
-    gu = x.new_empty((x.shape[0], group.out_features + room))
+    gu = x.new_empty((x.shape[0], group.out_features + group.gradient_room(x.shape[0])))
     _, xA = group_fwd(group, x, x_wide, gu[:, : group.out_features])
     return gu, xA
 
@@ -193,6 +203,7 @@ def _down_backward(
     up: Tensor,
     activation: str,
     dy: Tensor,
+    dy_wide: Tensor | None,
     gA: Tensor | None,
     mA: Tensor | None,
     needs: Sequence[bool],
@@ -205,13 +216,10 @@ def _down_backward(
     """
     T, split = dy.shape[0], 3 * len(first.projections)
     down_needs = needs[split:]
-    dy_wide = None
-    if need_first and second.folds_backward(T, copies_input=True):
+    if dy_wide is None and need_first and second.folds_backward(T, copies_input=True):
         dy_wide = gate.new_empty((T, second.out_features + second.fold_backward))
         dy_wide[:, : second.out_features].copy_(dy)
-        dy = dy_wide[:, : second.out_features]
-    else:
-        dy = dy.to(second.dtype)
+    dy = dy.to(second.dtype) if dy_wide is None else dy_wide[:, : second.out_features]
     if not need_first:
         m = gate.new_empty((T, second.in_features))
         glu_fwd(gate, up, activation, m)

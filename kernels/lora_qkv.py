@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafuse.kernels.gradient_room import give_room, room_asked_by_the_maker, wide_gradient
 from lorafuse.kernels.lora_linear import (
     Group,
     LoraProjection,
@@ -139,6 +140,7 @@ class LoraQkvFunction(torch.autograd.Function):
             q, k, v = heads.split(qkv, h.shape[:2])
             if rotary is not None:
                 rotary.forward_(q, k)
+        ctx.room = room_asked_by_the_maker(h)
         ctx.save_for_backward(h, rstd, xA, *tensors)
         ctx.spec = projections, heads, norm, rotary, dtype, rng
         return (q, k, v, h) if pass_through else (q, k, v)
@@ -173,13 +175,16 @@ class LoraQkvFunction(torch.autograd.Function):
             adapters = normed_adapter_gradients(group, flat, norm, rstd, xA, dy, G, needs, rng)
             del dy, wide, G
             flat_around = None if around is None else as_rows(around)
+            dh_wide = None
             if dh is not None and norm is not None:
+                dh_wide = wide_gradient(flat, ctx.room)
                 dh, _ = rms_norm_bwd(
-                    dh, flat, norm.weight, rstd, norm.offset, flat_around, need_dweight=False
-                )
+                    dh, flat, norm.weight, rstd, norm.offset, flat_around, need_dweight=False,
+                    out=None if dh_wide is None else dh_wide[:, : h.shape[-1]],
+                )  # fmt: skip
             elif dh is not None and flat_around is not None:
                 dh = dh + flat_around
-        dh = None if dh is None else dh.to(h.dtype).view(h.shape)
+        dh = None if dh is None else give_room(dh.to(h.dtype).view(h.shape), dh_wide)
         return dh, None, None, None, None, None, None, *adapters
 
 
