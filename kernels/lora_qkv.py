@@ -88,11 +88,13 @@ class Rotary:
         """Turns q and k [B, S, H, D] in place."""
         rope_qk_(q, k, self.cos, self.sin, self.interleaved, False, self.round_products)
 
-    def backward(self, dq: Tensor, dk: Tensor, to_q: Tensor, to_k: Tensor) -> None:
-        """Writes dq and dk, turned back, into to_q and to_k."""
+    def backward(self, dq: Tensor, dk: Tensor, dv: Tensor, to: tuple[Tensor, ...]) -> None:
+        """Writes dq and dk, turned back, and dv into the three of `to`."""
+        to_q, to_k, to_v = to
         rope_copy(
-            dq, dk, to_q, to_k, self.cos, self.sin, self.interleaved, True, self.round_products
-        )
+            dq, dk, to_q, to_k, self.cos, self.sin, self.interleaved, True, self.round_products,
+            (dv, to_v),
+        )  # fmt: skip
 
     def reference(self, x: Tensor) -> Tensor:
         """x turned, in plain torch."""
@@ -163,13 +165,12 @@ class LoraQkvFunction(torch.autograd.Function):
                 dy = wide[:, :N]
             else:
                 dy = flat.new_empty((T, N), dtype=dtype)
-            to_q, to_k, to_v = heads.split(dy, h.shape[:2])
-            to_v.copy_(dv)
-            if rotary is None:
-                to_q.copy_(dq)
-                to_k.copy_(dk)
+            parts = heads.split(dy, h.shape[:2])
+            if rotary is not None:
+                rotary.backward(dq, dk, dv, parts)
             else:
-                rotary.backward(dq, dk, to_q, to_k)
+                for part, gradient in zip(parts, (dq, dk, dv), strict=True):
+                    part.copy_(gradient)
             G = lora_gradient(group, dy, wide)
             dh = input_gradient(group, dy, wide, G, rng) if need_h else None
             adapters = normed_adapter_gradients(group, flat, norm, rstd, xA, dy, G, needs, rng)
