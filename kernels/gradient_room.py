@@ -7,6 +7,8 @@ function, so that one leaves the room, and nothing is copied:
     down of layer l    reads what qkv's backward of layer l + 1 wrote    dh
     o of layer l       reads what the MLP's backward of layer l wrote    dh2
 
+or, in the last layer and with norms behind the blocks, what a norm's backward wrote.
+
 Who reads it is known when the writer runs forward: the function that made h (`h.grad_fn`) is the
 one that gets dh, and it has said how many columns it wants. Everybody else, from stock layers to a
 checkpoint's detached input, has asked for none, and gets a contiguous gradient.
@@ -40,11 +42,12 @@ def room_asked_by_the_maker(x: Tensor) -> int:
 
 
 def wide_gradient(
-    x: Tensor,  # (T, K)
+    x: Tensor,  # (..., K), T rows
     room: int,
 ) -> Tensor | None:
     """[T, K + room] in x's dtype, whose left K columns are to hold x's gradient; None for none."""
-    return x.new_empty((x.shape[0], x.shape[1] + room)) if room else None
+    K = x.shape[-1]
+    return x.new_empty((x.numel() // K, K + room)) if room else None
 
 
 def give_room(

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from lorafuse.kernels import gradient_room, lora_linear, lora_mlp, lora_o, lora_qkv
 from lorafuse.kernels.gradient_room import ask_for_room, give_room, take_room, wide_gradient
 from lorafuse.kernels.lora_linear import LoraProjection, NormPrologue
+from lorafuse.kernels.rms_norm import reference as norm_reference
+from lorafuse.kernels.rms_norm import rms_norm
 
 HEADS = lora_qkv.Heads(query=3, key_value=3, size=8)
 K, INNER, RANK = 24, 40, 4
@@ -113,6 +115,27 @@ def test_frozen_input_and_adapters_of_some(oracle, randn, taken) -> None:
     wanted = [name for name in inputs if name.startswith(("0.v", "0.gate", "1.down", "1.q"))]
     oracle.check(layers.call(FUSED), layers.call(STOCK), inputs, wanted)
     assert [who for who, _ in taken] == ALL
+
+
+@pytest.mark.parametrize("shape", [(B, S), (B * S,), (2, B, S // 2)], ids=str)
+def test_a_norm_behind_the_block(oracle, randn, dtype, taken, shape) -> None:
+    weight, down = 1 + randn(K) / 4, (randn(K, INNER) / 8).to(dtype)
+    inputs = {
+        "x": randn(*shape, INNER, dtype=dtype),
+        "A": (randn(RANK, INNER) / 8).to(dtype),
+        "B": randn(K, RANK, dtype=dtype),
+    }
+
+    def call(linear: Callable[..., Tensor], norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+            y = linear(x, LoraProjection(down.to(x.dtype), None, A, B, 0.5))
+            return norm(y, weight.to(x.dtype), 1e-5)
+
+        return run
+
+    calls = call(lora_o.lora_o, rms_norm), call(lora_o.reference, norm_reference)
+    oracle.check(*calls, inputs, list(inputs))
+    assert [who for who, _ in taken] == ["LoraLinear"]
 
 
 def gradients(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> list[Tensor]:

@@ -8,11 +8,11 @@ from lorafuse.patches.apply import OPERATIONS, apply
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("family", "expected"), [("llama", 3), ("phi3", 3), ("gemma3", 0)])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
 def test_room_reaches_o_and_down(
-    make_peft, close, device, monkeypatch, family, expected, checkpointing
+    make_peft, close, device, monkeypatch, family, checkpointing
 ) -> None:
-    """Two layers: o of both, down of the first. Gemma's norms behind the blocks stand between."""
+    """Two layers, o and down of both; Gemma has norms behind its blocks."""
     taken = []
 
     def record(ctx, dy):
@@ -37,4 +37,4 @@ def test_room_reaches_o_and_down(
     monkeypatch.setattr(lora_linear, "take_room", record)
     monkeypatch.setattr(lora_mlp, "take_room", record)
     close(gradients(model), stock)
-    assert len(taken) == expected
+    assert len(taken) == 4
