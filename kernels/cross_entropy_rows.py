@@ -41,8 +41,11 @@ from lorafuse.kernels.runtime import (
     use_triton,
 )
 
+# 32 warps of two 16-byte loads a thread: one row a multiprocessor at a time, as the L2 wants it.
+# Chosen from registers and bytes in flight; integration_tests/gpu/sweep_cross_entropy_rows.py times
+# the alternatives.
 _BLOCK_V = 16384
-_WORDS = 16  # of a thread, at a time: two 16-byte loads in 16 bit
+_WORDS = 16  # of a thread, at a time
 _STAGES = 3
 _KEEP = True
 _CACHED_WORDS = 2**16  # 256 kB of fp32: a chunk of rows and its temporaries stay in a CPU's cache

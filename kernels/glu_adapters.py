@@ -45,7 +45,7 @@ _WARPS = 4
 _STAGES = 3
 # Programs over all: several rounds for each of a GPU's 132 multiprocessors.
 _PROGRAMS = 1024
-_PIN = True
+_PIN = True  # see `_pinned`; the sweep above was before it
 
 
 @dataclass(frozen=True, eq=False)
