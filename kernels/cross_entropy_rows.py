@@ -41,6 +41,13 @@ from lorafuse.kernels.runtime import (
     use_triton,
 )
 
+# 32 warps of two 16-byte loads a thread: one row a multiprocessor at a time, as the L2 wants it.
+# Chosen from registers and bytes in flight; integration_tests/gpu/sweep_cross_entropy_rows.py times
+# the alternatives.
+_BLOCK_V = 16384
+_WORDS = 16  # of a thread, at a time
+_STAGES = 3
+_KEEP = True
 _CACHED_WORDS = 2**16  # 256 kB of fp32: a chunk of rows and its temporaries stay in a CPU's cache
 
 __all__ = ["CrossEntropyOptions", "cross_entropy_rows_", "reference"]
@@ -167,6 +174,75 @@ def _transform(z, scale, cap, HAS_CAP: tl.constexpr):
     return t
 
 
+@triton.jit
+def _load_words(
+    z_row, o, V, scale, cap,
+    HAS_CAP: tl.constexpr, MASKED: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
+    """t of the words `o`; -inf beyond V."""
+    if MASKED:
+        z = tl.load(z_row + o, o < V, 0.0, eviction_policy=EVICTION).to(tl.float32)
+        return tl.where(o < V, _transform(z, scale, cap, HAS_CAP), float("-inf"))
+    z = tl.load(z_row + o, eviction_policy=EVICTION).to(tl.float32)
+    return _transform(z, scale, cap, HAS_CAP)
+
+
+@triton.jit
+def _sum_lanes(x, LANES: tl.constexpr):
+    """Sums of neighbours [LANES]: 16-bit words that one thread has loaded, so nothing is moved."""
+    return tl.sum(tl.reshape(x, [LANES, x.shape[0] // LANES]), axis=1)
+
+
+@triton.jit
+def _add_words(
+    b_t, start, m, best_start, b_sum, b_weighted, b_total, o, V,
+    GRADIENT: tl.constexpr, HAS_SMOOTHING: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of the online softmax: the running maximum, where it was seen first, the sums."""
+    largest = tl.max(b_t, axis=0)
+    m_new = tl.maximum(m, largest)
+    best_start = tl.where(largest > m, start, best_start)
+    b_e = tl.exp(b_t - m_new)
+    shrink = tl.exp(m - m_new)
+    b_sum = b_sum * shrink + _sum_lanes(b_e, LANES)
+    if not GRADIENT:
+        # -inf * 0 has to be 0
+        b_weighted = b_weighted * shrink + _sum_lanes(b_e * tl.maximum(b_t, -1.0e38), LANES)
+    if HAS_SMOOTHING:
+        if MASKED:
+            b_t = tl.where(o < V, b_t, 0.0)
+        b_total += _sum_lanes(b_t, LANES)
+    return m_new, best_start, b_sum, b_weighted, b_total
+
+
+@triton.jit
+def _store_gradient(
+    z_row, b_t, o, start, b_entropy, lse, label, V, softmax_factor, label_factor, smooth, cap,
+    HAS_CAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr, BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr, EVICTION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one tile, over its logits; returns the entropy's sum with its words added."""
+    b_log_p = b_t - lse
+    b_p = tl.exp(b_log_p)
+    b_entropy -= _sum_lanes(b_p * tl.maximum(b_log_p, -1.0e38), LANES)
+    # s dloss/dt = s (p (1 + 2 w lse) - (1 - e) d_vy - e / V), the factors with s in them
+    b_g = b_p * softmax_factor
+    if HAS_SMOOTHING:
+        b_g -= smooth
+    if (label >= start) & (label < start + BLOCK_V):  # one tile of the row pays for it
+        b_g -= tl.where(o == label, label_factor, 0.0)
+    # dt/dz = s (1 - (t / c)^2)
+    if HAS_CAP:
+        b_u = b_t / cap
+        b_g *= 1.0 - b_u * b_u
+    b_g = b_g.to(z_row.dtype.element_ty)
+    if MASKED:
+        tl.store(z_row + o, b_g, o < V, eviction_policy=EVICTION)
+    else:
+        tl.store(z_row + o, b_g, eviction_policy=EVICTION)
+    return b_entropy
+
+
 @cached_launch
 @triton.jit
 def _cross_entropy_rows_kernel(
@@ -186,73 +262,87 @@ def _cross_entropy_rows_kernel(
     HAS_SMOOTHING: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles in flight
+    KEEP: tl.constexpr,  # ask the L2 to keep a row for its second pass
 ):
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * stride_z
     label = tl.load(label_ptr + row)
     o_v = tl.arange(0, BLOCK_V)
+    tail = V // BLOCK_V * BLOCK_V  # all tiles before it are whole: no masks
+    LANES: tl.constexpr = BLOCK_V // 8
+    FIRST: tl.constexpr = "evict_last" if KEEP else ""
+    SECOND: tl.constexpr = "evict_first" if KEEP else ""
 
     # The maximum is one number a row, so that a word costs one exponential; the sums stay one a
     # lane and are reduced once, at the end. A finite start keeps a block of -inf logits from giving
     # inf - inf.
     m = -1.0e38
-    b_best = tl.full([BLOCK_V], float("-inf"), tl.float32)
-    b_best_index = tl.zeros([BLOCK_V], tl.int32)
-    b_sum = tl.zeros([BLOCK_V], tl.float32)
-    b_weighted = tl.zeros([BLOCK_V], tl.float32)
-    b_total = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, V, BLOCK_V):
-        o = start + o_v
-        m_v = o < V
-        b_t = _transform(
-            tl.load(z_row + o, mask=m_v, other=0.0).to(tl.float32), scale, cap, HAS_CAP
-        )
-        if HAS_SMOOTHING:
-            b_total += tl.where(m_v, b_t, 0.0)
-        b_t = tl.where(m_v, b_t, float("-inf"))
-        b_better = b_t > b_best
-        b_best = tl.where(b_better, b_t, b_best)
-        b_best_index = tl.where(b_better, o, b_best_index)
-        m_new = tl.maximum(m, tl.max(b_t, axis=0))
-        b_e = tl.exp(b_t - m_new)
-        shrink = tl.exp(m - m_new)
-        b_sum = b_sum * shrink + b_e
-        b_weighted = b_weighted * shrink + b_e * tl.where(b_e == 0.0, 0.0, b_t)
-        m = m_new
+    best_start = 0
+    b_sum = tl.zeros([LANES], tl.float32)
+    b_weighted = tl.zeros([LANES], tl.float32)
+    b_total = tl.zeros([LANES], tl.float32)
+    for start in tl.range(0, tail, BLOCK_V, num_stages=STAGES):
+        b_t = _load_words(z_row, start + o_v, V, scale, cap, HAS_CAP, False, FIRST)
+        m, best_start, b_sum, b_weighted, b_total = _add_words(
+            b_t, start, m, best_start, b_sum, b_weighted, b_total, start + o_v, V,
+            GRADIENT, HAS_SMOOTHING, LANES, False,
+        )  # fmt: skip
+    b_t = _load_words(z_row, tail + o_v, V, scale, cap, HAS_CAP, True, FIRST)
+    m, best_start, b_sum, b_weighted, b_total = _add_words(
+        b_t, tail, m, best_start, b_sum, b_weighted, b_total, tail + o_v, V,
+        GRADIENT, HAS_SMOOTHING, LANES, True,
+    )  # fmt: skip
     total = tl.sum(b_sum, axis=0)
     lse = m + tl.log(total)
-    prediction = tl.min(tl.where(b_best == m, b_best_index, V), axis=0)
 
     # A label outside [0, V) makes the loss NaN: seen at once, unlike an out-of-bounds read.
     is_word = (label >= 0) & (label < V)
     z_label = tl.load(z_row + label, mask=is_word, other=float("nan")).to(tl.float32)
     t_label = _transform(z_label, scale, cap, HAS_CAP)
+
+    # The tile with the maximum is read again for its place: cheaper than an index beside each word.
+    # This reduction is also the barrier behind which no thread reads a logit before another one
+    # overwrites it.
+    o_best = best_start + o_v
+    b_t = _load_words(z_row, o_best, V, scale, cap, HAS_CAP, True, FIRST)
+    prediction = tl.min(tl.where(b_t == m, o_best, V), axis=0)
+    tl.store(prediction_ptr + row, prediction.to(tl.int64))
+
     loss = lse - (1.0 - smoothing) * t_label + z_loss * lse * lse
     if HAS_SMOOTHING:
         loss -= smoothing * tl.sum(b_total, axis=0) / V
     labelled = label != ignore_index
     tl.store(loss_ptr + row, tl.where(labelled, loss, 0.0))
-    entropy = lse - tl.sum(b_weighted, axis=0) / total
-    tl.store(entropy_ptr + row, tl.where(labelled, entropy, 0.0))
-    tl.store(prediction_ptr + row, prediction.to(tl.int64))
 
-    if GRADIENT:
+    if not GRADIENT:
+        entropy = lse - tl.sum(b_weighted, axis=0) / total
+        tl.store(entropy_ptr + row, tl.where(labelled, entropy, 0.0))
+    elif labelled:
+        softmax_factor = (1.0 + 2.0 * z_loss * lse) * scale
+        label_factor, smooth = (1.0 - smoothing) * scale, smoothing / V * scale
+        # From the end, where the row was read last and is still in the cache.
+        b_entropy = tl.zeros([LANES], tl.float32)
+        b_t = _load_words(z_row, tail + o_v, V, scale, cap, HAS_CAP, True, SECOND)
+        b_entropy = _store_gradient(
+            z_row, b_t, tail + o_v, tail, b_entropy, lse, label, V,
+            softmax_factor, label_factor, smooth, cap, HAS_CAP, HAS_SMOOTHING, BLOCK_V, LANES,
+            SECOND, True,
+        )  # fmt: skip
+        for back in tl.range(BLOCK_V, tail + BLOCK_V, BLOCK_V, num_stages=STAGES):
+            start = tail - back
+            b_t = _load_words(z_row, start + o_v, V, scale, cap, HAS_CAP, False, SECOND)
+            b_entropy = _store_gradient(
+                z_row, b_t, start + o_v, start, b_entropy, lse, label, V,
+                softmax_factor, label_factor, smooth, cap, HAS_CAP, HAS_SMOOTHING, BLOCK_V, LANES,
+                SECOND, False,
+            )  # fmt: skip
+        tl.store(entropy_ptr + row, tl.sum(b_entropy, axis=0))
+    else:
+        tl.store(entropy_ptr + row, 0.0)
+        b_zero = tl.zeros([BLOCK_V], z_ptr.dtype.element_ty)
         for start in range(0, V, BLOCK_V):
-            o = start + o_v
-            m_v = o < V
-            b_z = tl.load(z_row + o, mask=m_v, other=0.0).to(tl.float32)
-            b_t = _transform(b_z, scale, cap, HAS_CAP)
-            # dloss/dt = p (1 + 2 w lse) - (1 - e) d_vy - e / V
-            b_g = tl.exp(b_t - lse) * (1.0 + 2.0 * z_loss * lse)
-            b_g -= tl.where(o == label, 1.0 - smoothing, 0.0)
-            if HAS_SMOOTHING:
-                b_g -= smoothing / V
-            # dt/dz = s (1 - (t / c)^2)
-            if HAS_CAP:
-                b_u = b_t / cap
-                b_g *= 1.0 - b_u * b_u
-            b_g = tl.where(labelled, b_g * scale, 0.0)
-            tl.store(z_row + o, b_g.to(z_ptr.dtype.element_ty), mask=m_v)
+            tl.store(z_row + start + o_v, b_zero, start + o_v < V)
 
 
 def _triton_rows_(
@@ -265,7 +355,7 @@ def _triton_rows_(
     gradient: bool,
 ) -> None:
     M, V = z.shape
-    block = min(8192, max(128, next_power_of_2(V)))
+    block = min(_BLOCK_V, max(128, next_power_of_2(V)))
     with launch_device(z):
         _cross_entropy_rows_kernel[(M,)](
             z,
@@ -284,8 +374,9 @@ def _triton_rows_(
             HAS_SMOOTHING=options.label_smoothing > 0.0,
             GRADIENT=gradient,
             BLOCK_V=block,
-            # 16 words a thread: two 16-byte loads in 16 bit
-            num_warps=max(1, min(16, block // 512)),
+            STAGES=_STAGES,
+            KEEP=_KEEP,
+            num_warps=max(1, min(32, block // (32 * _WORDS))),
         )
 
 

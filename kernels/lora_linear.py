@@ -14,8 +14,8 @@ LoRA and the bias are folded into the GEMM's K dimension, so that no output is r
                dA_i = G_i^T D_i(X)    dB_i = s_i dY_i^T XA_i    db_i = sum over T of dY_i
 
 sB is block-diagonal over the projections; G, [dA] and [dB] are one GEMM each for the whole group.
-Folding costs a copy of what is not already in a wide buffer; `folding_pays` counts the bytes, and
-the two GEMMs stay apart where they are cheaper.
+Folding costs a copy of what is not already in a wide buffer (dY often is: `gradient_room`);
+`folding_pays` counts the bytes, and the two GEMMs stay apart where they are cheaper.
 
 Saved for backward by the callers: XA [T, R] only. X is theirs to keep or to recompute. Dropout
 masks are never stored: the generator's state is, and the same masks are drawn again.
@@ -39,6 +39,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafuse.kernels import fp8_linear
 from lorafuse.kernels.adapter_buffers import block_diagonal, stack
+from lorafuse.kernels.gradient_room import ask_for_room, take_room
 from lorafuse.kernels.nf4 import Quantised4bit, dequantise
 from lorafuse.kernels.rms_norm import reference as rms_norm_reference
 from lorafuse.kernels.rms_norm import rms_norm_fwd
@@ -248,6 +249,10 @@ class Group:
                 copies_weight=self.copies_weight,
             )
         )
+
+    def gradient_room(self, rows: int) -> int:
+        """Columns for G that backward can use where dY's buffer has them."""
+        return self.fold_backward if self.folds_backward(rows, copies_input=False) else 0
 
     def write_weight(self, index: int, out: Tensor) -> None:
         """Projection `index`'s W into `out` [N_i, K], a view of any row stride."""
@@ -630,6 +635,8 @@ class LoraLinearFunction(torch.autograd.Function):
             _, xA = group_fwd(group, source, wide, y, folded)
             if flat_residual is not None and folded is None:
                 y = flat_residual + y
+        wanted = len(projections) == 1 and y.dtype == dtype
+        ask_for_room(ctx, group.gradient_room(y.shape[0]) if wanted else 0)
         ctx.save_for_backward(x, xA, *tensors)
         ctx.projections, ctx.dtype, ctx.rng = projections, dtype, rng
         return tuple(y[:, rows].view(*x.shape[:-1], -1) for rows in group.rows)
@@ -643,7 +650,11 @@ class LoraLinearFunction(torch.autograd.Function):
             flat = as_rows(x)
             need_dx = ctx.needs_input_grad[0]
             parts = [as_rows(dy) for dy in dys]
-            dy, dy_wide = gather_gradients(group, parts, need_dx=need_dx)
+            dy_wide = take_room(ctx, dys[0]) if need_dx else None
+            if dy_wide is not None:
+                dy = dy_wide[:, : group.out_features]
+            else:
+                dy, dy_wide = gather_gradients(group, parts, need_dx=need_dx)
             G = lora_gradient(group, dy, dy_wide)
             needs = ctx.needs_input_grad[4:]
             adapters = adapter_gradients(group, flat.to(ctx.dtype), xA, dy, G, needs, ctx.rng)

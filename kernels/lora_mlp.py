@@ -18,8 +18,9 @@ backward through the same graph (`retain_graph=True`) notices and recomputes the
 the first one with `keep_gate_up=False`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ from torch.autograd.function import once_differentiable
 from lorafuse.kernels.glu import glu_bwd_, glu_fwd
 from lorafuse.kernels.glu import reference as glu_reference
 from lorafuse.kernels.glu_adapters import glu_bwd_adapters_
+from lorafuse.kernels.gradient_room import (
+    ask_for_room,
+    give_room,
+    room_asked_by_the_maker,
+    take_room,
+    wide_gradient,
+)
 from lorafuse.kernels.lora_linear import (
     Group,
     LoraProjection,
@@ -108,6 +116,8 @@ class LoraMlpFunction(torch.autograd.Function):
                 kept, rng = _forward_rows(spec, first, second, flat[rows], y[rows])
                 saved += kept
                 ctx.rng.append(rng)
+        ask_for_room(ctx, second.gradient_room(_most(ctx.tiles, y)) if sums == spec.dtype else 0)
+        ctx.room = room_asked_by_the_maker(h)
         ctx.save_for_backward(h, *saved, *tensors)
         ctx.spec = spec
         ctx.consumed = False
@@ -123,25 +133,44 @@ class LoraMlpFunction(torch.autograd.Function):
         with without_autocast(h):
             first, second = spec.groups(tensors)
             flat, dflat = as_rows(h), as_rows(dy)
-            whole = dh = None
+            dy_wide, dh = take_room(ctx, dy), _InputGradient(flat, ctx.room) if need_h else None
             sums: list[Tensor | None] = []
             for i, rows in enumerate(ctx.tiles):
                 rstd, gu, gA, mA = kept[4 * i : 4 * i + 4]
-                dh, gradients = _backward_rows(
-                    spec, first, second, flat[rows], dflat[rows], rstd,
-                    None if ctx.consumed else gu, gA, mA, needs, need_h, ctx.rng[i],
+                gradients = _backward_rows(
+                    spec, first, second, flat[rows], dflat[rows],
+                    None if dy_wide is None else dy_wide[rows],
+                    None if dh is None else partial(dh.rows, rows), rstd,
+                    None if ctx.consumed else gu, gA, mA, needs, ctx.rng[i],
                 )  # fmt: skip
                 sums = _add(sums, gradients)
-                if dh is not None and len(ctx.tiles) > 1:
-                    whole = dh.new_empty(flat.shape) if whole is None else whole
-                    whole[rows].copy_(dh)
-                    dh = whole
             ctx.consumed = True
             adapters = [
                 None if s is None or t is None else s.to(t.dtype)
                 for s, t in zip(sums, tensors, strict=True)
             ]
-        return None if dh is None else dh.view(h.shape), None, None, *adapters
+        return None if dh is None else dh.whole(h.shape), None, None, *adapters
+
+
+class _InputGradient:
+    """dh [T, K], made when the first rows are written: gate/up and dM are gone by then."""
+
+    def __init__(self, flat: Tensor, room: int) -> None:
+        self.flat, self.room = flat, room
+        self.wide: Tensor | None = None
+        self.dh: Tensor | None = None
+
+    def rows(self, rows: slice) -> Tensor:
+        """Those of dh that are to be written."""
+        if self.dh is None:
+            self.wide = wide_gradient(self.flat, self.room)
+            left = None if self.wide is None else self.wide[:, : self.flat.shape[1]]
+            self.dh = torch.empty_like(self.flat) if left is None else left
+        return self.dh[rows]
+
+    def whole(self, shape: torch.Size) -> Tensor:
+        """As backward returns it."""
+        return give_room(self.rows(slice(None)).view(shape), self.wide)
 
 
 def _tiles(rows: int, tile_rows: int) -> list[slice]:
@@ -151,6 +180,11 @@ def _tiles(rows: int, tile_rows: int) -> list[slice]:
     count = -(-rows // tile_rows)
     size = -(-rows // count)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _most(tiles: list[slice], y: Tensor) -> int:
+    """Rows of the largest tile of `y`."""
+    return int(y[tiles[0]].shape[0])
 
 
 def _add(sums: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:
@@ -193,15 +227,17 @@ def _backward_rows(
     second: Group,
     h: Tensor,
     dy: Tensor,
+    dy_wide: Tensor | None,
+    dh: Callable[[], Tensor] | None,
     rstd: Tensor | None,
     gu: Tensor | None,
     gA: Tensor | None,
     mA: Tensor | None,
     needs: Sequence[bool],
-    need_h: bool,
     rng: tuple[RngState | None, RngState | None],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dh in h's dtype, or None, and the gradients of the adapters and biases."""
+) -> list[Tensor | None]:
+    """Writes dh into `dh()`, if that is wanted; the gradients of the adapters and biases."""
+    need_h = dh is not None
     rng_first, rng_second = rng
     if gu is None:
         gu = _recompute_gate_up(first, h, spec.norm, rng_first)
@@ -211,33 +247,31 @@ def _backward_rows(
     gate, up = gu[:, : width // 2], gu[:, width // 2 : width]
     need_first = need_h or any(needs[:split])
     below, dB = _down_backward(
-        first, second, gate, up, spec.activation, dy, gA, mA, needs, need_first, rng_second
+        first, second, gate, up, spec.activation, dy, dy_wide, gA, mA, needs, need_first, rng_second
     )
     if not need_first:
-        return None, [None] * split + below
+        return [None] * split + below
     dgu, dgu_wide = gu[:, :width], None
     if need_h and gu.shape[1] > width:
         dgu_wide = gu
     G = lora_gradient(first, dgu, dgu_wide)
-    dh = input_gradient(first, dgu, dgu_wide, G, rng_first) if need_h else None
+    dx = input_gradient(first, dgu, dgu_wide, G, rng_first) if need_h else None
     above = normed_adapter_gradients(
         first, h, spec.norm, rstd, gA, dgu, G, needs[:split], rng_first, dB
     )
     del gu, gate, up, dgu, dgu_wide, G
-    if dh is not None and spec.norm is not None:
+    if dh is not None and dx is not None and spec.norm is not None:
         assert rstd is not None
-        through = dy if spec.residual else None
-        norm = spec.norm
-        dh, _ = rms_norm_bwd(dh, h, norm.weight, rstd, norm.offset, through, need_dweight=False)
-    elif dh is not None:
-        dh = (dh + dy if spec.residual else dh).to(h.dtype)
-    return dh, [*above, *below]
+        through, norm = dy if spec.residual else None, spec.norm
+        rms_norm_bwd(dx, h, norm.weight, rstd, norm.offset, through, need_dweight=False, out=dh())
+    elif dh is not None and dx is not None:
+        dh().copy_(dx + dy if spec.residual else dx)
+    return [*above, *below]
 
 
 def _gate_up(group: Group, x: Tensor, x_wide: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """gate/up [T, 2I + room for G, where backward will fold], and the saved XA."""
-    room = group.fold_backward if group.folds_backward(x.shape[0], copies_input=False) else 0
-    gu = x.new_empty((x.shape[0], group.out_features + room))
+    gu = x.new_empty((x.shape[0], group.out_features + group.gradient_room(x.shape[0])))
     _, xA = group_fwd(group, x, x_wide, gu[:, : group.out_features])
     return gu, xA
 
@@ -274,6 +308,7 @@ def _down_backward(
     up: Tensor,
     activation: str,
     dy: Tensor,
+    dy_wide: Tensor | None,
     gA: Tensor | None,
     mA: Tensor | None,
     needs: Sequence[bool],
@@ -286,13 +321,10 @@ def _down_backward(
     """
     T, split = dy.shape[0], 3 * len(first.projections)
     down_needs = needs[split:]
-    dy_wide = None
-    if need_first and second.folds_backward(T, copies_input=True):
+    if dy_wide is None and need_first and second.folds_backward(T, copies_input=True):
         dy_wide = gate.new_empty((T, second.out_features + second.fold_backward))
         dy_wide[:, : second.out_features].copy_(dy)
-        dy = dy_wide[:, : second.out_features]
-    else:
-        dy = dy.to(second.dtype)
+    dy = dy.to(second.dtype) if dy_wide is None else dy_wide[:, : second.out_features]
     if not need_first:
         m = gate.new_empty((T, second.in_features))
         glu_fwd(gate, up, activation, m)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafuse.kernels.gradient_room import give_room, room_asked_by_the_maker, wide_gradient
 from lorafuse.kernels.lora_linear import (
     Group,
     LoraProjection,
@@ -87,11 +88,13 @@ class Rotary:
         """Turns q and k [B, S, H, D] in place."""
         rope_qk_(q, k, self.cos, self.sin, self.interleaved, False, self.round_products)
 
-    def backward(self, dq: Tensor, dk: Tensor, to_q: Tensor, to_k: Tensor) -> None:
-        """Writes dq and dk, turned back, into to_q and to_k."""
+    def backward(self, dq: Tensor, dk: Tensor, dv: Tensor, to: tuple[Tensor, ...]) -> None:
+        """Writes dq and dk, turned back, and dv into the three of `to`."""
+        to_q, to_k, to_v = to
         rope_copy(
-            dq, dk, to_q, to_k, self.cos, self.sin, self.interleaved, True, self.round_products
-        )
+            dq, dk, to_q, to_k, self.cos, self.sin, self.interleaved, True, self.round_products,
+            (dv, to_v),
+        )  # fmt: skip
 
     def reference(self, x: Tensor) -> Tensor:
         """x turned, in plain torch."""
@@ -139,6 +142,7 @@ class LoraQkvFunction(torch.autograd.Function):
             q, k, v = heads.split(qkv, h.shape[:2])
             if rotary is not None:
                 rotary.forward_(q, k)
+        ctx.room = room_asked_by_the_maker(h)
         ctx.save_for_backward(h, rstd, xA, *tensors)
         ctx.spec = projections, heads, norm, rotary, dtype, rng
         return (q, k, v, h) if pass_through else (q, k, v)
@@ -161,25 +165,27 @@ class LoraQkvFunction(torch.autograd.Function):
                 dy = wide[:, :N]
             else:
                 dy = flat.new_empty((T, N), dtype=dtype)
-            to_q, to_k, to_v = heads.split(dy, h.shape[:2])
-            to_v.copy_(dv)
-            if rotary is None:
-                to_q.copy_(dq)
-                to_k.copy_(dk)
+            parts = heads.split(dy, h.shape[:2])
+            if rotary is not None:
+                rotary.backward(dq, dk, dv, parts)
             else:
-                rotary.backward(dq, dk, to_q, to_k)
+                for part, gradient in zip(parts, (dq, dk, dv), strict=True):
+                    part.copy_(gradient)
             G = lora_gradient(group, dy, wide)
             dh = input_gradient(group, dy, wide, G, rng) if need_h else None
             adapters = normed_adapter_gradients(group, flat, norm, rstd, xA, dy, G, needs, rng)
             del dy, wide, G
             flat_around = None if around is None else as_rows(around)
+            dh_wide = None
             if dh is not None and norm is not None:
+                dh_wide = wide_gradient(flat, ctx.room)
                 dh, _ = rms_norm_bwd(
-                    dh, flat, norm.weight, rstd, norm.offset, flat_around, need_dweight=False
-                )
+                    dh, flat, norm.weight, rstd, norm.offset, flat_around, need_dweight=False,
+                    out=None if dh_wide is None else dh_wide[:, : h.shape[-1]],
+                )  # fmt: skip
             elif dh is not None and flat_around is not None:
                 dh = dh + flat_around
-        dh = None if dh is None else dh.to(h.dtype).view(h.shape)
+        dh = None if dh is None else give_room(dh.to(h.dtype).view(h.shape), dh_wide)
         return dh, None, None, None, None, None, None, *adapters
 
 

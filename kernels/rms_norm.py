@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafuse.kernels.gradient_room import give_room, room_asked_by_the_maker, wide_gradient
 from lorafuse.kernels.runtime import (
     cached_launch,
     cdiv,
@@ -335,6 +336,7 @@ class RMSNormFunction(torch.autograd.Function):
         ctx.save_for_backward(h, weight, rstd)
         ctx.offset = offset
         ctx.dtypes = (x.dtype, x.dtype if residual is None else residual.dtype)
+        ctx.room = room_asked_by_the_maker(x) if residual is None else 0
         if residual is None:
             return y
         if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]):
@@ -346,13 +348,15 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
         h, weight, rstd = ctx.saved_tensors
         need_dx, need_dweight, need_dresidual = ctx.needs_input_grad[:3]
+        wide = wide_gradient(h, ctx.room)
         dsum, dweight = rms_norm_bwd(
             _as_rows(dy), _as_rows(h), weight, rstd, ctx.offset,
             None if dh is None else _as_rows(dh), need_dweight,
+            None if wide is None else _as_rows(wide[:, : h.shape[-1]].view(h.shape)),
         )  # fmt: skip
         # h = x + residual, so both have h's gradient.
         dsum = dsum.view(h.shape)
-        dx = dsum.to(ctx.dtypes[0]) if need_dx else None
+        dx = give_room(dsum.to(ctx.dtypes[0]), wide) if need_dx else None
         dresidual = dsum.to(ctx.dtypes[1]) if need_dresidual else None
         return dx, dweight, dresidual, None, None, None, None
 

@@ -144,18 +144,35 @@ def _rotate_heads(
             tl.store(dst_rows + o_rest * dst_d, rest.to(dst.dtype.element_ty), mask_rest)
 
 
+@triton.jit
+def _copy_heads(
+    src, dst, src_n, src_d, dst_n, dst_d,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The N heads of one token from `src` to `dst` as they are, BLOCK_N at a time."""
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    for n in tl.static_range(0, N, BLOCK_N):
+        o_n = (n + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+        mask = (o_n < N) & (o_d < D)
+        x = tl.load(src + o_n * src_n + o_d * src_d, mask)
+        tl.store(dst + o_n * dst_n + o_d * dst_d, x.to(dst.dtype.element_ty), mask)
+
+
 @cached_launch
 @triton.jit
 def _rope_kernel(
-    src_q, src_k, dst_q, dst_k, cos, sin, S,
+    src_q, src_k, src_v, dst_q, dst_k, dst_v, cos, sin, S,
     src_q_b, src_q_s, src_q_n, src_q_d, src_k_b, src_k_s, src_k_n, src_k_d,
+    src_v_b, src_v_s, src_v_n, src_v_d,
     dst_q_b, dst_q_s, dst_q_n, dst_q_d, dst_k_b, dst_k_s, dst_k_n, dst_k_d,
+    dst_v_b, dst_v_s, dst_v_n, dst_v_d,
     cos_b, cos_s, sin_b, sin_s,
-    NQ: tl.constexpr, NK: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    BLOCK_NQ: tl.constexpr, BLOCK_NK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_REST: tl.constexpr,
+    NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    BLOCK_NQ: tl.constexpr, BLOCK_NK: tl.constexpr, BLOCK_NV: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr,
     INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, COPY: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """One token: its angles are loaded once and turn all of its heads."""
+    """One token: its angles are loaded once and turn all of its heads; those of v are copied."""
     b, s = (tl.program_id(0) // S).to(tl.int64), (tl.program_id(0) % S).to(tl.int64)
     row, here = tl.zeros([1, 1], tl.int64), tl.full([1, 1], True, tl.int1)
     cos_row, sin_row = cos + (b * cos_b + s * cos_s) + row, sin + (b * sin_b + s * sin_s) + row
@@ -171,10 +188,21 @@ def _rope_kernel(
         cos1, cos2, sin1, sin2, src_k_n, src_k_d, dst_k_n, dst_k_d,
         NK, D, R, BLOCK_NK, BLOCK_P, BLOCK_REST, INTERLEAVED, BACKWARD, COPY, ROUND,
     )  # fmt: skip
+    if NV > 0:
+        _copy_heads(
+            src_v + (b * src_v_b + s * src_v_s), dst_v + (b * dst_v_b + s * dst_v_s),
+            src_v_n, src_v_d, dst_v_n, dst_v_d, NV, D, BLOCK_NV, BLOCK_D,
+        )  # fmt: skip
 
 
 def _check(
-    src_q: Tensor, src_k: Tensor, dst_q: Tensor, dst_k: Tensor, cos: Tensor, sin: Tensor
+    src_q: Tensor,
+    src_k: Tensor,
+    dst_q: Tensor,
+    dst_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    v: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Refuse what the kernel would read or write out of bounds."""
     B, S, _, D = src_q.shape
@@ -190,6 +218,12 @@ def _check(
             f"{tuple(src_q.shape)} to {tuple(dst_q.shape)}, "
             f"k {tuple(src_k.shape)} to {tuple(dst_k.shape)}"
         )
+    if v is not None:
+        shapes = [tuple(x.shape) for x in v]
+        if shapes[0] != shapes[1] or shapes[0][:2] + shapes[0][3:] != (B, S, D):
+            raise ValueError(
+                f"expected v [{B}, {S}, Nv, {D}] to its own shape, got {shapes[0]} to {shapes[1]}"
+            )
     R = cos.shape[-1]
     if cos.shape != sin.shape or cos.shape not in ((B, S, R), (1, S, R)) or R > D or R % 2:
         raise ValueError(
@@ -208,16 +242,20 @@ def rope_copy(
     interleaved: bool = False,
     backward: bool = False,
     round_products: bool = False,
+    v: tuple[Tensor, Tensor] | None = None,  # (src_v, dst_v), [B, S, Nv, D] each, any strides
 ) -> None:
     """Write the rotated q and k into dst_q and dst_k; `backward` applies the transpose of the map.
 
     Any layout goes to any other in the same pass, such as the transposed view of a gradient
-    [B, N, S, D] into slices of one wide [T, (Nq + 2 Nk) D] buffer.
+    [B, N, S, D] into slices of one wide [T, (Nq + 2 Nk) D] buffer. With `v`, v comes along,
+    unturned: one launch fills that buffer.
     """
-    _check(src_q, src_k, dst_q, dst_k, cos, sin)
+    _check(src_q, src_k, dst_q, dst_k, cos, sin, v)
     if not use_triton(src_q):
         _map(src_q, dst_q, cos, sin, interleaved, backward, round_products)
         _map(src_k, dst_k, cos, sin, interleaved, backward, round_products)
+        if v is not None:
+            v[1].copy_(v[0])
         return
     B, S, NQ, D = src_q.shape
     NK, R = src_k.shape[2], cos.shape[-1]
@@ -228,14 +266,20 @@ def rope_copy(
     BLOCK_P = next_power_of_2(R // 2)
     BLOCK_NQ = min(next_power_of_2(NQ), max(1, _TILE_PAIRS // BLOCK_P))
     BLOCK_NK = min(next_power_of_2(NK), BLOCK_NQ)
+    src_v, dst_v = (src_q, dst_q) if v is None else v
+    NV, BLOCK_D = 0 if v is None else src_v.shape[2], next_power_of_2(D)
+    BLOCK_NV = min(next_power_of_2(NV), max(1, 2 * _TILE_PAIRS // BLOCK_D))
     with launch_device(src_q):
         _rope_kernel[(B * S,)](
-            src_q, src_k, dst_q, dst_k, cos, sin, S,
-            *src_q.stride(), *src_k.stride(), *dst_q.stride(), *dst_k.stride(),
+            src_q, src_k, src_v, dst_q, dst_k, dst_v, cos, sin, S,
+            *src_q.stride(), *src_k.stride(), *src_v.stride(),
+            *dst_q.stride(), *dst_k.stride(), *dst_v.stride(),
             cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
             sin.stride(0) if sin.shape[0] > 1 else 0, sin.stride(1),
-            NQ=NQ, NK=NK, D=D, R=R, BLOCK_NQ=BLOCK_NQ, BLOCK_NK=BLOCK_NK, BLOCK_P=BLOCK_P,
-            BLOCK_REST=next_power_of_2(D - R), INTERLEAVED=interleaved, BACKWARD=backward,
+            NQ=NQ, NK=NK, NV=NV, D=D, R=R,
+            BLOCK_NQ=BLOCK_NQ, BLOCK_NK=BLOCK_NK, BLOCK_NV=BLOCK_NV, BLOCK_P=BLOCK_P,
+            BLOCK_REST=next_power_of_2(D - R), BLOCK_D=BLOCK_D,
+            INTERLEAVED=interleaved, BACKWARD=backward,
             ROUND=round_products and torch.promote_types(src_q.dtype, cos.dtype) == src_q.dtype,
             COPY=(src_q.data_ptr(), src_k.data_ptr()) != (dst_q.data_ptr(), dst_k.data_ptr()),
             num_warps=min(4, max(1, BLOCK_NQ * BLOCK_P // 512)),

@@ -434,22 +434,62 @@ def test_no_gradient_no_work(randn, device, monkeypatch):
     assert asked[2:] == [True]
 
 
-def test_triton_rows_match_the_reference(triton_runs, randn, device, dtype):
+def both_ways(
+    z: Tensor, labels: Tensor, options: CrossEntropyOptions, gradient: bool
+) -> list[list[Tensor]]:
+    """[loss, entropy, prediction, z afterwards] by the Triton kernel and by torch."""
+    outputs = []
+    for rows in (cross_entropy_rows._triton_rows_, cross_entropy_rows._torch_rows_):
+        own = z.clone(memory_format=torch.preserve_format)
+        loss, entropy = (torch.empty(z.shape[0], device=z.device) for _ in range(2))
+        prediction = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
+        rows(own, labels, options, loss, entropy, prediction, gradient)
+        outputs.append([loss, entropy, prediction, own])
+    return outputs
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("block", [128, None], ids=["several tiles", "one tile"])
+def test_triton_rows_match_the_reference(
+    triton_runs, randn, device, dtype, monkeypatch, block, gradient
+):
+    if block is not None:
+        monkeypatch.setattr(cross_entropy_rows, "_BLOCK_V", block)
     for options in OPTIONS.values():
-        for V in (1, 31, 128, 1000):
-            z, labels = randn(5, V + 3, dtype=dtype)[:, :V], torch.arange(5, device=device) % V
-            outputs = []
-            for rows in (cross_entropy_rows._triton_rows_, cross_entropy_rows._torch_rows_):
-                own = z.clone(memory_format=torch.preserve_format)
-                kept = [torch.empty(5, device=device) for _ in range(2)]
-                index = torch.empty(5, dtype=torch.int64, device=device)
-                rows(own, labels, options, *kept, index, True)
-                outputs.append([*kept, index, own])
+        for V in (1, 31, 128, 512, 1000):
+            z = randn(5, V + 3, dtype=dtype)[:, :V]
+            words = [0, V // 2, min(V - 1, 130), V - 1, options.ignore_index]
+            labels = torch.tensor(words, device=device)
+            outputs = both_ways(z, labels, options, gradient)
             for triton_result, torch_result in zip(*outputs, strict=True):
                 eps = 2 * torch.finfo(dtype).eps
                 torch.testing.assert_close(
                     triton_result.double(), torch_result.double(), rtol=eps, atol=max(eps, 3e-6)
                 )
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_extreme_rows_over_several_tiles(triton_runs, randn, device, monkeypatch, gradient):
+    """-inf words, a tie between tiles, a maximum that grows from tile to tile; NaN stays loud."""
+    monkeypatch.setattr(cross_entropy_rows, "_BLOCK_V", 128)
+    V, options = 500, CrossEntropyOptions()
+    z = randn(6, V)
+    z[0, ::2] = float("-inf")
+    z[0, :128] = float("-inf")
+    z[1, [100, 300]] = 9.0
+    z[2] = torch.linspace(-300, 300, V, device=device)
+    z[3] = -z[2]
+    z[4, 200] = float("inf")  # ignored
+    z[5, 200] = float("nan")
+    labels = torch.tensor([129, 300, V - 1, 3, -100, 5], device=device)
+    ours, expected = both_ways(z, labels, options, gradient)
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine[:4], theirs[:4], rtol=1e-5, atol=1e-5)
+    assert int(ours[2][1]) == 100
+    assert ours[0][4] == 0 and ours[1][4] == 0
+    assert ours[0][5].isnan()
+    if gradient:
+        assert not ours[3][4].any() and ours[3][5].isnan().all()
 
 
 def test_a_wrong_label_is_loud(randn, device):

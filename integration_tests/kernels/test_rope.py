@@ -139,6 +139,36 @@ def test_copy_from_attention_gradients_into_a_wide_buffer(
     assert torch.equal(in_place[0], dst_q) and torch.equal(in_place[1], dst_k)
 
 
+@pytest.mark.parametrize("layout", ["heads first", "expanded", "every other element", "fp32"])
+@pytest.mark.parametrize(("Nk", "Nv", "D", "R"), [(2, 2, 12, 8), (3, 33, 256, 256), (1, 1, 7, 2)])
+def test_v_comes_along_unturned(randn, dtype, layout, Nk, Nv, D, R):
+    """Into the same buffer, from the layouts that gradients have; the columns behind it stay."""
+    B, S, Nq = 2, 3, 4
+    q, k = (randn(B, n, S, D, dtype=dtype).transpose(1, 2) for n in (Nq, Nk))
+    cos, sin = angles(randn, B, S, R, dtype).values()
+    if layout == "heads first":
+        v = randn(B, Nv, S, D, dtype=dtype).transpose(1, 2)
+    elif layout == "expanded":
+        v = randn(1, dtype=dtype).expand(B, S, Nv, D)
+    elif layout == "every other element":
+        v = randn(B, S, Nv, 2 * D, dtype=dtype)[..., ::2]
+    else:
+        v = randn(B, S, Nv, D)
+    wide = randn(B, S, (Nq + Nk + Nv) * D + 3, dtype=dtype)
+    guard = wide[..., (Nq + Nk + Nv) * D :].clone()
+    parts = wide[..., : (Nq + Nk + Nv) * D].unflatten(-1, (-1, D)).split((Nq, Nk, Nv), 2)
+    rope_copy(q, k, parts[0], parts[1], cos, sin, False, True, v=(v, parts[2]))
+
+    alone = torch.empty_like(parts[0]), torch.empty_like(parts[1])
+    rope_copy(q, k, *alone, cos, sin, False, True)
+    assert torch.equal(parts[0], alone[0]) and torch.equal(parts[1], alone[1])
+    if layout == "fp32":  # Triton's interpreter truncates to bf16
+        torch.testing.assert_close(parts[2].float(), v, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    else:
+        assert torch.equal(parts[2], v)
+    assert torch.equal(wide[..., (Nq + Nk + Nv) * D :], guard)
+
+
 def test_only_q_in_place(randn):
     """q's destination is q itself, k's is not: k's elements past R are still copied."""
     q, k = randn(1, 2, 2, 8), randn(1, 2, 2, 8)
@@ -208,6 +238,9 @@ def test_wrong_arguments_are_refused(randn):
         rope(q, randn(2, 3, 2, 10), cos, cos)
     with pytest.raises(ValueError, match=r"k \[B, S, Nk, D\]"):
         rope_copy(q, k, q, q, cos, cos)
+    for v in ((k, q), (randn(2, 3, 2, 10),) * 2, (randn(2, 4, 2, 8),) * 2):
+        with pytest.raises(ValueError, match=r"expected v \[2, 3, Nv, 8\]"):
+            rope_copy(q, k, q, k, cos, cos, v=v)
     for bad in (randn(2, 3, 10), randn(2, 3, 3), randn(2, 4, 8), randn(3, 3, 8)):
         with pytest.raises(ValueError, match="expected cos and sin"):
             rope(q, k, bad, bad)

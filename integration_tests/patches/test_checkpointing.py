@@ -133,7 +133,7 @@ def test_only_the_input_and_attentions_output_are_kept(family, make_peft, tokens
     model = make_peft(config)
     fused = apply(model, ALL, checkpointing=SELECTIVE)
     with counting(device) as kept:
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         found = kept()
     sizes = fused.checkpointing.layers[0].sizes
     wide = 4 * tokens.numel() * (sizes.hidden + sizes.attention)

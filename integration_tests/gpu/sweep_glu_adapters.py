@@ -1,0 +1,148 @@
+"""Which tile, warps, stages and programs the GLU's backward with adapters should have on this GPU.
+
+    python integration_tests/gpu/sweep_glu_adapters.py                # [8192, 14336], ranks of 32
+    git show main:kernels/glu_adapters.py > before.py                 # and an older kernel
+    python integration_tests/gpu/sweep_glu_adapters.py --against before.py
+
+The floor reads gate, up and dm and writes two of them, at 3 TB/s. A setting's time is that of the
+whole call, sums of the shares included. Each is first compared with the torch form on some rows.
+Compiling is shared out over processes: some 25 s in all on 16 cores.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import torch
+import triton
+from torch import Tensor
+
+from lorafuse.kernels import glu_adapters as current
+
+# tokens a tile, columns a tile, warps
+TILES = (
+    (32, 64, 4),
+    (64, 64, 8),
+    (64, 64, 4),
+    (32, 128, 8),
+    (32, 128, 4),
+    (16, 128, 4),
+    (32, 32, 2),
+    (64, 128, 8),
+)
+COMPILED = [(*tile, stages, True) for tile, stages in itertools.product(TILES, (2, 3, 4))]
+COMPILED += [(*tile, 3, False) for tile in TILES[:2]]
+PROGRAMS = (448, 672, 896, 1120, 1792)
+Setting = tuple[int, int, int, int, bool]
+Inputs = tuple[Tensor, Tensor, list[Tensor]]
+
+
+def use(setting: Setting, programs: int = 1024) -> None:
+    current._BLOCK_T, current._BLOCK_I, current._WARPS, current._STAGES, current._PIN = setting
+    current._PROGRAMS = programs
+
+
+def make(tokens: int, width: int, rank: int) -> Inputs:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    return draw(tokens, 2 * width + 64), draw(tokens, width), [draw(tokens, rank) for _ in range(3)]
+
+
+def run(module: ModuleType, inputs: Inputs, reference: bool = False) -> list[Tensor]:
+    gu, dm, factors = inputs
+    width = dm.shape[1]
+    function = module.reference if reference else module.glu_bwd_adapters_
+    out = function(gu[:, :width], gu[:, width : 2 * width], dm, "silu", *factors)
+    return [gu[:, : 2 * width], out.dA_down, out.dB_gate, out.dB_up]
+
+
+def error(width: int, rank: int) -> float:
+    """Largest error of the present setting, as a share of the largest number."""
+    gu, dm, factors = make(1008, width, rank)  # 16 divides it, as it divides what is timed
+    expected = run(current, (gu.clone(), dm.clone(), factors), reference=True)
+    ours = run(current, (gu, dm, factors))
+    return max(
+        float((a.float() - b.float()).abs().max() / b.float().abs().max())
+        for a, b in zip(ours, expected, strict=True)
+    )
+
+
+def time_ms(module: ModuleType, inputs: Inputs) -> float:
+    def step() -> None:
+        run(module, inputs)
+
+    return float(triton.testing.do_bench(step, warmup=2, rep=10, return_mode="median"))
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("before", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["before"] = module  # its dataclass looks there
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--width", type=int, default=14336)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--against", help="an older glu_adapters.py")
+    parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    width, rank = options.width, options.rank
+    if options.share:  # one of the processes that only compile
+        index, of = options.share
+        # As many tokens and programs as are timed: Triton specialises on the number of tiles.
+        inputs = make(options.tokens, width, rank)
+        for setting in COMPILED[index::of]:
+            try:
+                for programs in PROGRAMS:
+                    use(setting, programs)
+                    run(current, inputs)
+            except Exception:  # too many registers or too much shared memory: told when measured
+                pass
+        return
+    here = [sys.executable, __file__, "--width", str(width), "--rank", str(rank)]
+    here += ["--tokens", str(options.tokens)]
+    processes = min(14, max(1, (os.cpu_count() or 2) - 2))
+    shares = [
+        subprocess.Popen([*here, "--share", str(i), str(processes)]) for i in range(processes)
+    ]
+    for share in shares:
+        share.wait()
+    inputs = make(options.tokens, width, rank)
+    floor = 5 * inputs[1].numel() * inputs[1].itemsize / 3e9
+    print(f"{torch.cuda.get_device_name()}: [{options.tokens}, {width}], floor {floor:.3f} ms")
+    if options.against:
+        print(f"{time_ms(load(options.against), inputs):.3f} ms  {options.against}")
+    results = []
+    for setting in COMPILED:
+        try:
+            use(setting)
+            worst = error(width, rank)
+            for programs in PROGRAMS:
+                use(setting, programs)
+                results.append((time_ms(current, inputs), setting, programs, worst))
+        except Exception as problem:
+            print(setting, type(problem).__name__, str(problem)[:100])
+    results.sort()
+    for place, (ms, (tokens, columns, warps, stages, pin), programs, worst) in enumerate(results):
+        if place < 20 or worst > 1e-2:
+            print(
+                f"{ms:.3f} ms  tile {tokens} x {columns}, {warps} warps, {stages} stages, "
+                f"pin {pin!s:5} {programs} programs  error {worst:.1e}"
+            )
+    for pin in (True, False):
+        best = min((r for r in results if r[1][4] is pin), default=None)
+        print("best with pin" if pin else "best without", best)
+
+
+if __name__ == "__main__":
+    main()
