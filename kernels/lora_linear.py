@@ -39,7 +39,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafuse.kernels import fp8_linear
 from lorafuse.kernels.adapter_buffers import block_diagonal, stack
-from lorafuse.kernels.nf4 import Quantised4bit, dequantise
+from lorafuse.kernels.nf4 import Quantised4bit, dequantise, dequantise_rows
 from lorafuse.kernels.rms_norm import reference as rms_norm_reference
 from lorafuse.kernels.rms_norm import rms_norm_fwd
 from lorafuse.kernels.runtime import mm_fp32
@@ -249,13 +249,17 @@ class Group:
             )
         )
 
-    def write_weight(self, index: int, out: Tensor) -> None:
-        """Projection `index`'s W into `out` [N_i, K], a view of any row stride."""
-        weight = self.projections[index].weight
-        if isinstance(weight, Quantised4bit):
-            dequantise(weight, out)
-        else:
-            out.copy_(weight)
+    def write_weights(self, out: Tensor) -> None:
+        """[W_1; W_2; ...] into `out` [N, K], a view of any row stride."""
+        packed = [w for w in self.weights if isinstance(w, Quantised4bit)]
+        if len(packed) == len(self.projections):
+            dequantise_rows(packed, out)
+            return
+        for p, rows in zip(self.projections, self.rows, strict=True):
+            if isinstance(p.weight, Quantised4bit):
+                dequantise(p.weight, out[rows])
+            else:
+                out[rows].copy_(p.weight)
 
     def plain_weight(self, index: int) -> Tensor:
         """Projection `index`'s W in the compute dtype, without a copy where it already is."""
@@ -388,8 +392,7 @@ def group_fwd(
         _fp8_forward(group, x, saved, out)
     elif wide is not None:
         W = x.new_empty((group.out_features, K + group.fold_forward))
-        for i, rows in enumerate(group.rows):
-            group.write_weight(i, W[rows, :K])
+        group.write_weights(W[:, :K])
         group.write_sB(W[:, K:], bias=True)
         torch.mm(wide, W.t(), out=out)
     else:
@@ -509,8 +512,7 @@ def input_gradient(
     if dy_wide is not None:
         # dX = [dY, G] [W; A]
         W = dy.new_empty((N + group.fold_backward, K))
-        for i, rows in enumerate(group.rows):
-            group.write_weight(i, W[rows])
+        group.write_weights(W[:N])
         group.write_A(W[N:])
         return dy_wide @ W
     if group.uses_fp8(dy.shape[0]):  # with dropout, the masks come between G A and dX
