@@ -72,7 +72,7 @@ class UnwaitingStep:
             optimizer.to_gpu()
             optimizer.initialized = True
         self._aside = []
-        launches: defaultdict[Any, list[AdamTensor]] = defaultdict(list)
+        launches: defaultdict[_Common, list[AdamTensor]] = defaultdict(list)
         for i, group in enumerate(optimizer.param_groups):
             hyper = _Hyperparameters(optimizer, group, i)
             for j, p in enumerate(group["params"]):
@@ -86,7 +86,7 @@ class UnwaitingStep:
                     state = optimizer.state[p]
                 given = hyper.of(j)
                 one = None if given is None else _adam_tensor(p, g, state)
-                if one is None:
+                if given is None or one is None:
                     optimizer.update_step(group, p, i, j)
                     continue
                 state["step"] += 1
@@ -131,6 +131,10 @@ def fuse_optimizer(optimizer: Any) -> UnwaitingStep | None:
     return UnwaitingStep(optimizer, _why_not(optimizer, base))
 
 
+_Five = tuple[float, float, float, float, float]
+_Common = tuple[int, torch.dtype, _Five, int]  # what the tensors of a launch have in common
+
+
 class _Hyperparameters:
     """A group's (lr, beta1, beta2, eps, weight_decay) in this step; of each tensor where
     bitsandbytes' manager overrides something for it.
@@ -148,11 +152,11 @@ class _Hyperparameters:
         self.each = own or bool(optimizer.mng.index2config or optimizer.mng.pid2config)
         self.common = self._read(0) if group["params"] else None
 
-    def of(self, j: int) -> tuple[float, ...] | None:
+    def of(self, j: int) -> _Five | None:
         """Those of the group's tensor `j`; None where the kernel does not serve them."""
         return self._read(j) if self.each else self.common
 
-    def _read(self, j: int) -> tuple[float, ...] | None:
+    def _read(self, j: int) -> _Five | None:
         if not self.adam:
             return None
         config = self.optimizer.get_config(self.i, j, self.group)
@@ -164,8 +168,14 @@ class _Hyperparameters:
             or not config.get("block_wise", True)
         ):
             return None
-        names = (config["lr"], *config["betas"], config["eps"], config["weight_decay"])
-        return tuple(float(value) for value in names)
+        beta1, beta2 = map(float, config["betas"])
+        return (
+            float(config["lr"]),
+            beta1,
+            beta2,
+            float(config["eps"]),
+            float(config["weight_decay"]),
+        )
 
 
 def _adam_tensor(p: Tensor, g: Tensor, state: dict[str, Any]) -> AdamTensor | None:
