@@ -181,14 +181,18 @@ class Group:
     def __init__(self, projections: Sequence[LoraProjection], dtype: torch.dtype) -> None:
         self.projections = tuple(projections)
         self.dtype = dtype
+        self.weights: list[Weight] = [p.weight for p in self.projections]
+        first = self.weights[0]
+        self.device = (first.packed if isinstance(first, Quantised4bit) else first).device
         self.in_features = self.projections[0].in_features
         self.rows: list[slice] = []
         self.ranks: list[slice] = []
         n = r = 0
         for p in self.projections:
-            self.rows.append(slice(n, n + p.out_features))
-            self.ranks.append(slice(r, r + p.rank))
-            n, r = n + p.out_features, r + p.rank
+            to_n, to_r = n + p.out_features, r + p.rank
+            self.rows.append(slice(n, to_n))
+            self.ranks.append(slice(r, to_r))
+            n, r = to_n, to_r
         self.out_features = n
         self.has_bias = any(p.bias is not None for p in self.projections)
         self.rank = r
@@ -198,15 +202,7 @@ class Group:
         align = fold_alignment(self.device)
         self.fold_forward = -(-(r + self.has_bias) // align) * align  # width of [XA, 1, 0...]
         self.fold_backward = -(-r // align) * align  # width of [G, 0...]
-
-    @property
-    def device(self) -> torch.device:
-        weight = self.projections[0].weight
-        return weight.packed.device if isinstance(weight, Quantised4bit) else weight.device
-
-    @property
-    def weights(self) -> list[Weight]:
-        return [p.weight for p in self.projections]
+        self._fp8: dict[int, bool] = {}  # of a number of rows; a pass asks up to four times
 
     @property
     def copies_weight(self) -> bool:
@@ -217,10 +213,13 @@ class Group:
 
     def uses_fp8(self, rows: int) -> bool:
         """Whether the base GEMMs run in FP8, with buffers of their own for what is folded in."""
-        return all(p.fp8 for p in self.projections) and not any(
-            fp8_linear.why_not(self.device, self.dtype, rows, p.in_features, p.out_features)
-            for p in self.projections
-        )
+        known = self._fp8.get(rows)
+        if known is None:
+            known = self._fp8[rows] = all(p.fp8 for p in self.projections) and not any(
+                fp8_linear.why_not(self.device, self.dtype, rows, p.in_features, p.out_features)
+                for p in self.projections
+            )
+        return known
 
     def folds_forward(self, rows: int, *, copies_input: bool) -> bool:
         return (
