@@ -253,9 +253,12 @@ def dequantise_rows(
     Raises:
         ValueError: as `dequantise`.
     """
+    if len(weights) == 1:
+        dequantise(weights[0], out)
+        return
     K, sizes = weights[0].shape[1], [w.shape[0] for w in weights]
     _check(out, weights[0], (sum(sizes), K))
-    if not (1 < len(weights) <= 3 and K * min(sizes) and use_triton(out) and same_layout(weights)):
+    if not (len(weights) <= 3 and K * min(sizes) and use_triton(out) and same_layout(weights)):
         first = 0
         for w, n in zip(weights, sizes, strict=True):
             dequantise(w, out[first : first + n])
