@@ -12,26 +12,37 @@ An element whose gradient is not finite keeps its p and loses its states. Everyt
 g are fp32, fp16 or bf16. p, g, c1, c2: [n] of each tensor; a1, a2: [ceil(n / 256)].
 
 bitsandbytes launches one kernel a tensor and waits for it: an 8B model with LoRA on all linears has
-448. Here a table of addresses, rebuilt each step for gradients are new each time, serves all.
+448. Here one table of addresses serves all. It is read anew each step: gradients are new each time,
+and to read the other addresses costs less than to tell whether they are still the same.
 
 Kingma and Ba, 2014, https://arxiv.org/abs/1412.6980; Loshchilov and Hutter, 2017,
 https://arxiv.org/abs/1711.05101; Dettmers et al., 2021, https://arxiv.org/abs/2110.02861
 """
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorafuse.kernels.runtime import cached_launch, cdiv, launch_device, tl, triton, use_triton
 
-__all__ = ["BLOCK", "AdamOptions", "AdamTensor", "adam_8bit_", "reference_", "serves"]
+__all__ = [
+    "BLOCK",
+    "AdamOptions",
+    "AdamTensor",
+    "adam_8bit_",
+    "adam_8bit_triton_",
+    "reference_",
+    "serves",
+]
 
 BLOCK = 256  # elements that share a scale: bitsandbytes'
 _TILE_BLOCKS = 8
-_COLUMNS = 7  # of the table: six addresses and the number of elements
+_COLUMNS = 9  # of the table: eight addresses and the number of elements
 _ALIGNMENT = 16  # bytes
 
 
@@ -58,9 +69,8 @@ class AdamOptions:
         return self.lr * C2 / C1, C2 * self.eps
 
 
-@dataclass(frozen=True, eq=False)
-class AdamTensor:
-    """One parameter with its gradient and states; `p` and the states are written."""
+class AdamTensor(NamedTuple):
+    """One parameter with its gradient and states; `p`, c and a are written."""
 
     p: Tensor  # [n], fp32, fp16 or bf16
     g: Tensor  # [n], as p
@@ -68,14 +78,14 @@ class AdamTensor:
     c2: Tensor  # [n] uint8
     a1: Tensor  # [ceil(n / 256)] fp32
     a2: Tensor  # as a1
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.p, self.g, self.c1, self.c2, self.a1, self.a2
+    q1: Tensor  # [256] fp32, ascending: the map of c1; states from a file have one each
+    q2: Tensor  # as q1, of c2
 
 
-def reference_(one: AdamTensor, q1: Tensor, q2: Tensor, options: AdamOptions) -> None:
+@torch.no_grad()
+def reference_(one: AdamTensor, options: AdamOptions) -> None:
     """The definition, for one tensor."""
+    q1, q2 = one.q1, one.q2
     n = one.p.numel()
     blocks = -(-n // BLOCK)
     rate, eps = options.corrections
@@ -123,18 +133,19 @@ def _address(entry, column: tl.constexpr, like):
 @cached_launch
 @triton.jit
 def _adam_8bit_kernel(
-    table_ptr, q1_ptr, q2_ptr, p_like, g_like, c_like, a_like,
+    table_ptr, p_like, g_like, c_like, a_like,
     rate, eps, beta1, beta2, keep,
     COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """BLOCKS blocks of SIZE elements of tensor `program_id(1)`; the `_like`s give dtypes only."""
     entry = table_ptr + tl.program_id(1) * COLUMNS
-    n = tl.load(entry + 6)
+    n = tl.load(entry + 8)
     first_block = tl.program_id(0).to(tl.int64) * BLOCKS
     if first_block * SIZE < n:
         p_ptr, g_ptr = _address(entry, 0, p_like), _address(entry, 1, g_like)
         c1_ptr, c2_ptr = _address(entry, 2, c_like), _address(entry, 3, c_like)
         a1_ptr, a2_ptr = _address(entry, 4, a_like), _address(entry, 5, a_like)
+        q1_ptr, q2_ptr = _address(entry, 6, a_like), _address(entry, 7, a_like)
         o_block = first_block + tl.arange(0, BLOCKS)
         o = o_block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
         m_block, mask = o_block * SIZE < n, o < n
@@ -163,49 +174,75 @@ def _adam_8bit_kernel(
 
 
 def serves(one: AdamTensor) -> bool:
-    """Whether the kernel can take this tensor: on a GPU, contiguous, aligned."""
+    """Whether the kernel can take this tensor: on a GPU, contiguous, aligned.
+
+    Spelt out: it is asked 448 times a step, and a loop over the tensors takes four times as long.
+    """
+    p, g, c1, c2, a1, a2, q1, q2 = one
+    at = p.get_device()
     return (
-        use_triton(one.p)
-        and one.g.dtype == one.p.dtype
-        and one.c1.dtype == one.c2.dtype == torch.uint8
-        and all(
-            x.device == one.p.device and x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0
-            for x in one.tensors
-        )
-    )
+        use_triton(p)
+        and g.dtype == p.dtype
+        and c1.dtype == c2.dtype == torch.uint8
+        and a1.dtype == a2.dtype == q1.dtype == q2.dtype == torch.float32
+        and q1.numel() == q2.numel() == 256
+        and g.get_device() == c1.get_device() == c2.get_device() == at
+        and a1.get_device() == a2.get_device() == q1.get_device() == q2.get_device() == at
+        and p.is_contiguous()
+        and g.is_contiguous()
+        and c1.is_contiguous()
+        and c2.is_contiguous()
+        and a1.is_contiguous()
+        and a2.is_contiguous()
+        and q1.is_contiguous()
+        and q2.is_contiguous()
+        and not (
+            p.data_ptr() | g.data_ptr() | c1.data_ptr() | c2.data_ptr()
+            | a1.data_ptr() | a2.data_ptr() | q1.data_ptr() | q2.data_ptr()
+        ) % _ALIGNMENT
+    )  # fmt: skip
 
 
-def adam_8bit_(tensors: Sequence[AdamTensor], q1: Tensor, q2: Tensor, options: AdamOptions) -> None:
+def adam_8bit_(tensors: Sequence[AdamTensor], options: AdamOptions) -> None:
     """One step of AdamW on all `tensors`, in place, without waiting for the GPU.
 
     Args:
-        tensors: of one device and dtype; on a GPU each as `serves` wants it.
-        q1: [256] fp32, ascending: the map of the first states' codes.
-        q2: as q1, of the second ones'.
+        tensors: of one device and dtype; the kernel runs where `serves` is true of all of them.
         options: of all of them.
 
     Raises:
-        ValueError: the maps do not fit.
+        ValueError: a map does not fit.
     """
-    for q in (q1, q2):
-        if q.shape != (256,) or q.dtype != torch.float32 or not q.is_contiguous():
-            raise ValueError(f"a map must be [256] fp32, got {tuple(q.shape)} of {q.dtype}")
+    for one in tensors:
+        for q in (one.q1, one.q2):
+            if q.shape != (256,) or q.dtype != torch.float32:
+                raise ValueError(f"a map must be [256] fp32, got {tuple(q.shape)} of {q.dtype}")
+    if all(serves(one) for one in tensors):
+        adam_8bit_triton_(tensors, options)
+    else:
+        for one in tensors:
+            reference_(one, options)
+
+
+def adam_8bit_triton_(tensors: Sequence[AdamTensor], options: AdamOptions) -> None:
+    """`adam_8bit_` in one launch, of tensors that `serves` is true of: it is not asked again."""
     if not tensors:
         return
-    if not all(serves(one) for one in tensors):
-        for one in tensors:
-            reference_(one, q1, q2, options)
-        return
-    first = tensors[0]
-    device = first.p.device
-    rows = [[*(x.data_ptr() for x in one.tensors), one.p.numel()] for one in tensors]
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-    table = table.to(device, non_blocking=True)
-    longest = max(one.p.numel() for one in tensors)
+    first = tensors[0].p
+    sizes = [one.p.numel() for one in tensors]
+    rows = array("q")
+    for one, n in zip(tensors, sizes, strict=True):
+        rows.extend([x.data_ptr() for x in one])
+        rows.append(n)
+    table = torch.frombuffer(rows, dtype=torch.int64)
+    if first.is_cuda:
+        # Pinned memory that is new each step: the allocator does not hand it out again before the
+        # copy is done, so the last step's table may still be on its way.
+        table = table.pin_memory().to(first.device, non_blocking=True)
     rate, eps = options.corrections
-    with launch_device(first.p):
-        _adam_8bit_kernel[(cdiv(longest, BLOCK * _TILE_BLOCKS), len(tensors))](
-            table, q1, q2, first.p, first.g, first.c1, first.a1,
+    with launch_device(first):
+        _adam_8bit_kernel[(cdiv(max(sizes), BLOCK * _TILE_BLOCKS), len(tensors))](
+            table, first, tensors[0].g, tensors[0].c1, tensors[0].a1,
             rate, eps, options.beta1, options.beta2, 1 - options.lr * options.weight_decay,
             COLUMNS=_COLUMNS, BLOCKS=_TILE_BLOCKS, SIZE=BLOCK, num_warps=8,
         )  # fmt: skip

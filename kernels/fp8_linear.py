@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lorafuse.kernels.fp8 import E4M3, Fold, fold_width, quantise_rows
-from lorafuse.kernels.fp8_weight import codes, codes_transposed, column_tops, fold, weight_top
+from lorafuse.kernels.fp8_tops import group_tops
+from lorafuse.kernels.fp8_weight import codes, codes_transposed, fold
 from lorafuse.kernels.nf4 import Quantised4bit, dequantise
 from lorafuse.kernels.runtime import HAS_TRITON, mm_fp32
 
@@ -120,16 +121,6 @@ def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: Tenso
         out.copy_(target)
 
 
-def _tops(weights: Sequence[Weight], like: Tensor, S: Tensor | None, rank: int) -> Tensor:
-    """[1 + R] fp32: the largest |element| of the weights, and of each column of S."""
-    tops = like.new_zeros(1 + rank, dtype=torch.float32)
-    for weight in weights:
-        weight_top(weight, tops)
-    if S is not None and rank:
-        column_tops(S[:, :rank], tops[1:])
-    return tops
-
-
 def _multiply(
     rows: Tensor,  # (T, J)
     U: Tensor | None,  # (T, >= R)
@@ -157,13 +148,10 @@ def forward(
     """Writes X [W_1; W_2; ...]^T + XA sB^T into `out`."""
     K, N = x.shape[1], out.shape[1]
     F = fold_width(K, rank)
-    tops = _tops(weights, x, sB, rank)
+    tops = group_tops(weights, sB if sB is None else sB[:, :rank])
     W = x.new_empty((N, K + F), dtype=E4M3)
     scale = x.new_empty((1, N), dtype=torch.float32)
-    first = 0
-    for weight in weights:
-        codes(weight, tops, W[first : first + weight.shape[0], :K])
-        first += weight.shape[0]
+    codes(weights, tops, W[:, :K])
     fold(sB, rank, tops, _LOG2, W[:, K:], scale)
     _multiply(x, xA, tops, rank, W, scale, out)
 
@@ -180,13 +168,10 @@ def input_gradient(
     K, N = out.shape[1], dy.shape[1]
     F = fold_width(N, rank)
     At = None if A is None else A.t()
-    tops = _tops(weights, dy, At, rank)
+    tops = group_tops(weights, At if At is None else At[:, :rank])
     W = dy.new_empty((K, N + F), dtype=E4M3)
     scale = dy.new_empty((1, K), dtype=torch.float32)
-    first = 0
-    for weight in weights:
-        codes_transposed(weight, tops, W[:, first : first + weight.shape[0]])
-        first += weight.shape[0]
+    codes_transposed(weights, tops, W[:, :N])
     fold(At, rank, tops, _LOG2, W[:, N:], scale)
     _multiply(dy, G, tops, rank, W, scale, out)
 

@@ -11,11 +11,11 @@ needs W8^T in memory. Both passes use the very same codes and scale.
 One s serves as well as one a row: e4m3 is a floating-point format, so a row's noise relative to the
 row does not depend on its scale until its elements are subnormal, 2^-15 of the largest. It spares
 dX = (dY s) W8 a factor for each column of dY, a vector twice as long in bytes as dY's row.
-For 4 bits, max |W| is max |absmax| * max |code|, the most that the blocks can hold: it costs a pass
-over the blocks' scales.
 
 The fold of S [J, R] is [hi(S / cs) | hi(S / cs) | lo(S / cs) | 0] (see `fp8`).
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,13 +31,13 @@ from lorafuse.kernels.fp8 import (
     e4m3,
     weight_scale,
 )
-from lorafuse.kernels.nf4 import Quantised4bit, _scales
+from lorafuse.kernels.fp8_tops import absmax, runs
+from lorafuse.kernels.nf4 import Quantised4bit, _scales, pointers, same_layout
 from lorafuse.kernels.nf4 import reference as dequantised
 from lorafuse.kernels.runtime import (
     cached_launch,
     cdiv,
     interpreting,
-    kernel_dtypes,
     launch_device,
     next_power_of_2,
     tl,
@@ -49,18 +49,12 @@ __all__ = [
     "codes",
     "codes_reference",
     "codes_transposed",
-    "column_tops",
-    "column_tops_reference",
     "fold",
     "fold_reference",
-    "weight_top",
-    "weight_top_reference",
 ]
 
 Weight = Tensor | Quantised4bit
 
-_TOP_TILE = 4096
-_TOP_PROGRAMS = 528  # 4 for each of a GPU's 132 multiprocessors
 # Columns of a tile of one row, 16 a thread: one 16-byte store of codes.
 _TILES = (4096, 2048, 1024)
 # Rows and columns of a tile of W, and warps. Rows of W8^T are written 128 bytes or more at a time;
@@ -73,13 +67,6 @@ _FOLD_TILE = 4096
 _ROW = 64
 
 
-def weight_top_reference(weight: Weight) -> Tensor:
-    """The definition of `weight_top`: fp32 scalar."""
-    if isinstance(weight, Quantised4bit):
-        return _scales(weight).abs().max() * weight.code.abs().max()
-    return weight.abs().max().float()
-
-
 def codes_reference(weight: Weight, tops: Tensor) -> Tensor:
     """The definition of `codes`: W8 [N, K]."""
     inverse = 1 / weight_scale(tops)
@@ -89,11 +76,6 @@ def codes_reference(weight: Weight, tops: Tensor) -> Tensor:
         weight.packed, weight.code, _scales(weight) * inverse, weight.blocksize, weight.shape
     )
     return e4m3(dequantised(w))
-
-
-def column_tops_reference(S: Tensor, tops: Tensor) -> None:
-    """The definition of `column_tops`."""
-    tops.copy_(S.float().abs().amax(0))
 
 
 def fold_reference(
@@ -111,89 +93,92 @@ def fold_reference(
 
 
 @triton.jit
-def _atomic_top(top_ptr, top, mask):
-    # fp32 of one sign are ordered as their bits are.
-    tl.atomic_max(top_ptr, top.to(tl.int32, bitcast=True), mask)
-
-
-@cached_launch
-@triton.jit
-def _top_kernel(w_ptr, top_ptr, elements, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
-    o = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    tops = tl.zeros([TILE], tl.float32)
-    for start in range(0, elements, PROGRAMS * TILE):
-        w = tl.load(w_ptr + start + o, start + o < elements, 0.0)
-        tops = tl.maximum(tops, tl.abs(w.to(tl.float32)))
-    top = tl.max(tops, 0)
-    _atomic_top(top_ptr, top, top >= 0)
+def _codes_tile(
+    row, w_ptr, w_row, inverse, to, K: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr
+):
+    """BLOCK columns of one row."""
+    o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    w = tl.load(w_ptr + row.to(tl.int64) * w_row + o_k, o_k < K, 0.0).to(tl.float32) * inverse
+    tl.store(to + o_k, _to_e4m3(w, EXACT), o_k < K)
 
 
 @triton.jit
-def _absmax(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, o_block, mask,
-            BLOCKSIZE2: tl.constexpr, NESTED: tl.constexpr):  # fmt: skip
-    """Scales of 4-bit blocks, rounded as `nf4` rounds them."""
-    scale = tl.load(absmax_ptr + o_block, mask)
-    if NESTED:
-        scale = tl.load(code2_ptr + scale.to(tl.int32), mask)
-        scale = scale * tl.load(absmax2_ptr + o_block // BLOCKSIZE2, mask) + tl.load(offset_ptr)
-    return scale
-
-
-@cached_launch
-@triton.jit
-def _top_4bit_kernel(
-    code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, top_ptr, blocks,
-    BLOCKSIZE2: tl.constexpr, NESTED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    o = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    m = o < blocks
-    scale = _absmax(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, o, m, BLOCKSIZE2, NESTED)
-    top = tl.max(tl.where(m, tl.abs(scale), 0.0), 0)
-    code = tl.max(tl.abs(tl.load(code_ptr + tl.arange(0, 16))), 0)
-    _atomic_top(top_ptr, top * code, top >= 0)
+def _inverse_scale(tops_ptr):
+    scale = _weight_scale(tops_ptr)
+    return tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
 
 
 @cached_launch
 @triton.jit
 def _codes_kernel(
-    w_ptr, tops_ptr, out_ptr, w_row, out_row,
+    w1, w2, w3, tops_ptr, out_ptr, row1, row2, row3, end1, end2, out_row,
     K: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    scale = _weight_scale(tops_ptr)
-    inverse = tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
-    w = tl.load(w_ptr + row * w_row + o_k, o_k < K, 0.0).to(tl.float32) * inverse
-    tl.store(out_ptr + row * out_row + o_k, _to_e4m3(w, EXACT), o_k < K)
+    """Rows of out up to end1 are the first weight's, up to end2 the second's."""
+    row = tl.program_id(0)
+    inverse = _inverse_scale(tops_ptr)
+    to = out_ptr + row.to(tl.int64) * out_row
+    if row < end1:
+        _codes_tile(row, w1, row1, inverse, to, K, BLOCK, EXACT)
+    elif row < end2:
+        _codes_tile(row - end1, w2, row2, inverse, to, K, BLOCK, EXACT)
+    else:
+        _codes_tile(row - end2, w3, row3, inverse, to, K, BLOCK, EXACT)
 
 
-@cached_launch
 @triton.jit
-def _codes_4bit_kernel(
-    packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, tops_ptr, out_ptr,
-    out_row,
+def _codes_4bit_tile(
+    row, packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, inverse, to,
     K: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, BYTES: tl.constexpr,
     NESTED: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """BYTES packed bytes of one row: out of a flat index, Triton would store single bytes."""
-    row = tl.program_id(0).to(tl.int64)
     o_byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
     o_k = tl.program_id(1) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
     m_byte, m_k = None, None
     if not EVEN:
         m_byte, m_k = o_byte < K // 2, o_k < K
-    at = row * (K // 2) + o_byte
-    s = _weight_scale(tops_ptr)
-    scale = _absmax(
+    at = row.to(tl.int64) * (K // 2) + o_byte
+    scale = absmax(
         absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, (at // (BLOCKSIZE // 2)).to(tl.int32),
         m_byte, BLOCKSIZE2, NESTED,
     )  # fmt: skip
-    scale *= tl.div_rn(tl.zeros_like(s) + 1.0, s)
+    scale *= inverse
     byte = tl.load(packed_ptr + at, m_byte).to(tl.int32)
     high = tl.load(code_ptr + (byte >> 4), m_byte) * scale
     low = tl.load(code_ptr + (byte & 15), m_byte) * scale
-    tl.store(out_ptr + row * out_row + o_k, _to_e4m3(tl.interleave(high, low), EXACT), m_k)
+    tl.store(to + o_k, _to_e4m3(tl.interleave(high, low), EXACT), m_k)
+
+
+@cached_launch
+@triton.jit
+def _codes_4bit_kernel(
+    packed1, code1, absmax1, code2_1, absmax2_1, offset1,
+    packed2, code2, absmax2, code2_2, absmax2_2, offset2,
+    packed3, code3, absmax3, code2_3, absmax2_3, offset3,
+    tops_ptr, out_ptr, end1, end2, out_row,
+    K: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, BYTES: tl.constexpr,
+    NESTED: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """As `_codes_kernel`. Each weight has its branch, as in `nf4._dequantise_rows_kernel`."""
+    row = tl.program_id(0)
+    inverse = _inverse_scale(tops_ptr)
+    to = out_ptr + row.to(tl.int64) * out_row
+    if row < end1:
+        _codes_4bit_tile(
+            row, packed1, code1, absmax1, code2_1, absmax2_1, offset1, inverse, to,
+            K, BLOCKSIZE, BLOCKSIZE2, BYTES, NESTED, EVEN, EXACT,
+        )  # fmt: skip
+    elif row < end2:
+        _codes_4bit_tile(
+            row - end1, packed2, code2, absmax2, code2_2, absmax2_2, offset2, inverse, to,
+            K, BLOCKSIZE, BLOCKSIZE2, BYTES, NESTED, EVEN, EXACT,
+        )  # fmt: skip
+    else:
+        _codes_4bit_tile(
+            row - end2, packed3, code3, absmax3, code2_3, absmax2_3, offset3, inverse, to,
+            K, BLOCKSIZE, BLOCKSIZE2, BYTES, NESTED, EVEN, EXACT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -216,44 +201,64 @@ def _store_transposed(out_ptr, word, q_first, k_first, N, out_row,
     tl.store(out_ptr + o_k.to(tl.int64) * out_row + o_q, word, mask)
 
 
-@cached_launch
 @triton.jit
-def _codes_transposed_kernel(
-    w_ptr, tops_ptr, out_ptr, N, w_row, out_row,
+def _transposed_tile(
+    tile, w_ptr, inverse, out_ptr, N, w_row, out_row,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BLOCK_N rows and BLOCK_K columns of W."""
-    n_first, k_first = tl.program_id(1) * BLOCK_N, tl.program_id(0) * BLOCK_K
+    """BLOCK_N rows and BLOCK_K columns of W."""
+    n_first, k_first = tile * BLOCK_N, tl.program_id(0) * BLOCK_K
     o_n = (n_first + 4 * tl.arange(0, BLOCK_N // 4))[:, None]
     o_k = (k_first + tl.arange(0, BLOCK_K))[None, :]
-    s = _weight_scale(tops_ptr)
-    inverse = tl.div_rn(tl.zeros_like(s) + 1.0, s)
     word = tl.zeros([BLOCK_N // 4, BLOCK_K], tl.uint32)
     for i in tl.static_range(4):
         mask = (o_n < N) & (o_k < K)
         w = tl.load(w_ptr + (o_n + i).to(tl.int64) * w_row + o_k, mask, 0.0).to(tl.float32)
         word = _code_word(_to_e4m3(w * inverse, EXACT), word, i)
-    q_first = tl.program_id(1) * (BLOCK_N // 4)
+    q_first = tile * (BLOCK_N // 4)
     _store_transposed(out_ptr, word, q_first, k_first, N, out_row, K, BLOCK_N, BLOCK_K)
 
 
 @cached_launch
 @triton.jit
-def _codes_transposed_4bit_kernel(
-    packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, tops_ptr, out_ptr,
+def _codes_transposed_kernel(
+    w1, w2, w3, tops_ptr, out_ptr, N1, N2, N3, row1, row2, row3, start2, start3, end1, end2,
+    out_row, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Tiles of the first weight up to end1, of the second up to end2; `start`: their column of out,
+    in words."""
+    tile = tl.program_id(1)
+    inverse = _inverse_scale(tops_ptr)
+    if tile < end1:
+        _transposed_tile(
+            tile, w1, inverse, out_ptr, N1, row1, out_row, K, BLOCK_N, BLOCK_K, EXACT
+        )  # fmt: skip
+    elif tile < end2:
+        _transposed_tile(
+            tile - end1, w2, inverse, out_ptr + start2, N2, row2, out_row,
+            K, BLOCK_N, BLOCK_K, EXACT,
+        )  # fmt: skip
+    else:
+        _transposed_tile(
+            tile - end2, w3, inverse, out_ptr + start3, N3, row3, out_row,
+            K, BLOCK_N, BLOCK_K, EXACT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _transposed_4bit_tile(
+    tile, packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, inverse, out_ptr,
     N, out_row,
     K: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NESTED: tl.constexpr, LONG: tl.constexpr,
     ONE_BLOCK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BLOCK_N rows and BLOCK_K columns of W."""
-    n_first, k_first = tl.program_id(1) * BLOCK_N, tl.program_id(0) * BLOCK_K
+    """BLOCK_N rows and BLOCK_K columns of W."""
+    n_first, k_first = tile * BLOCK_N, tl.program_id(0) * BLOCK_K
     o_n = (n_first + 4 * tl.arange(0, BLOCK_N // 4))[:, None]
     o_byte = (tl.program_id(0) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2))[None, :]
     if LONG:  # N * K needs 64 bits
         o_n = o_n.to(tl.int64)
-    s = _weight_scale(tops_ptr)
-    inverse = tl.div_rn(tl.zeros_like(s) + 1.0, s)
     word = tl.zeros([BLOCK_N // 4, BLOCK_K], tl.uint32)
     for i in tl.static_range(4):
         mask = (o_n < N) & (o_byte < K // 2)
@@ -263,7 +268,7 @@ def _codes_transposed_4bit_kernel(
             m_block = o_n < N
         else:
             o_block, m_block = at // (BLOCKSIZE // 2), mask
-        scale = _absmax(
+        scale = absmax(
             absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, o_block, m_block, BLOCKSIZE2, NESTED
         )
         scale *= inverse
@@ -271,21 +276,42 @@ def _codes_transposed_4bit_kernel(
         high = tl.load(code_ptr + (byte >> 4)) * scale
         low = tl.load(code_ptr + (byte & 15)) * scale
         word = _code_word(_to_e4m3(tl.interleave(high, low), EXACT), word, i)
-    q_first = tl.program_id(1) * (BLOCK_N // 4)
+    q_first = tile * (BLOCK_N // 4)
     _store_transposed(out_ptr, word, q_first, k_first, N, out_row, K, BLOCK_N, BLOCK_K)
 
 
 @cached_launch
 @triton.jit
-def _column_tops_kernel(
-    S_ptr, tops_ptr, J, S_j, S_r,
-    R: tl.constexpr, P: tl.constexpr, BLOCK_J: tl.constexpr,
+def _codes_transposed_4bit_kernel(
+    packed1, code1, absmax1, code2_1, absmax2_1, offset1,
+    packed2, code2, absmax2, code2_2, absmax2_2, offset2,
+    packed3, code3, absmax3, code2_3, absmax2_3, offset3,
+    tops_ptr, out_ptr, N1, N2, N3, start2, start3, end1, end2, out_row,
+    K: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NESTED: tl.constexpr, LONG: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    o_j = (tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J))[:, None]
-    o_r = tl.arange(0, P)
-    mask = (o_j < J) & (o_r[None, :] < R)
-    v = tl.load(S_ptr + o_j.to(tl.int64) * S_j + o_r[None, :] * S_r, mask, 0.0)
-    _atomic_top(tops_ptr + o_r, tl.max(tl.abs(v.to(tl.float32)), 0), o_r < R)
+    """As `_codes_transposed_kernel`."""
+    tile = tl.program_id(1)
+    inverse = _inverse_scale(tops_ptr)
+    if tile < end1:
+        _transposed_4bit_tile(
+            tile, packed1, code1, absmax1, code2_1, absmax2_1, offset1, inverse,
+            out_ptr, N1, out_row,
+            K, BLOCKSIZE, BLOCKSIZE2, BLOCK_N, BLOCK_K, NESTED, LONG, ONE_BLOCK, EXACT,
+        )  # fmt: skip
+    elif tile < end2:
+        _transposed_4bit_tile(
+            tile - end1, packed2, code2, absmax2, code2_2, absmax2_2, offset2, inverse,
+            out_ptr + start2, N2, out_row,
+            K, BLOCKSIZE, BLOCKSIZE2, BLOCK_N, BLOCK_K, NESTED, LONG, ONE_BLOCK, EXACT,
+        )  # fmt: skip
+    else:
+        _transposed_4bit_tile(
+            tile - end2, packed3, code3, absmax3, code2_3, absmax2_3, offset3, inverse,
+            out_ptr + start3, N3, out_row,
+            K, BLOCKSIZE, BLOCKSIZE2, BLOCK_N, BLOCK_K, NESTED, LONG, ONE_BLOCK, EXACT,
+        )  # fmt: skip
 
 
 @cached_launch
@@ -316,109 +342,106 @@ def _fold_kernel(
         tl.store(to + o_f, tl.zeros([PF], tl.float32).to(tl.float8e4nv), o_f < F)
 
 
-def _runs(weight: Weight) -> bool:
-    if isinstance(weight, Quantised4bit):
-        return use_triton(weight.code)
-    return use_triton(weight) and weight.dtype in kernel_dtypes
+def _together(weights: Sequence[Weight]) -> bool:
+    """Whether one launch serves all: up to three, of floats or of one layout of 4 bits."""
+    packed = [w for w in weights if isinstance(w, Quantised4bit)]
+    if len(weights) > 3 or not all(runs(w) for w in weights):
+        return False
+    return not packed or (len(packed) == len(weights) and same_layout(packed))
 
 
-def _parts(w: Quantised4bit) -> tuple[Tensor, ...]:
-    """Pointers of a kernel's code, absmax, code2, absmax2 and offset."""
-    rest = (w.code2, w.absmax2, w.offset)
-    return (w.code, w.absmax, *(w.code if part is None else part for part in rest))
+def _rows(weights: Sequence[Weight]) -> list[Tensor]:
+    """Float weights with contiguous rows, three of them; those that are missing are never read."""
+    rows = [w if w.stride(1) == 1 else w.contiguous() for w in weights if isinstance(w, Tensor)]
+    return [*rows, *rows[:1] * 2][:3]
 
 
-def weight_top(weight: Weight, tops: Tensor) -> None:
-    """Raises `tops[0]` to the weight's largest |element|; `tops` [>= 1] fp32, at least 0."""
-    if not _runs(weight):
-        tops[0] = torch.maximum(tops[0], weight_top_reference(weight))
+def _packed(weights: Sequence[Weight]) -> list[Tensor]:
+    """As `_rows`: each weight's packed bytes and `nf4.pointers`."""
+    given = [(w.packed, *pointers(w)) for w in weights if isinstance(w, Quantised4bit)]
+    return [x for tensors in [*given, *given[:1] * 2][:3] for x in tensors]
+
+
+def codes(
+    weights: Sequence[Weight],  # of [N_i, K]
+    tops: Tensor,  # [>= 1] fp32; the scale is that of tops[0]
+    out: Tensor,  # [N, K] e4m3, any row stride
+) -> None:
+    """Writes [W8_1; W8_2; ...] into `out`."""
+    sizes, K = [w.shape[0] for w in weights], out.shape[1]
+    if not _together(weights):
+        for weight, part in zip(weights, out.split(sizes), strict=True):
+            if runs(weight):
+                codes([weight], tops, part)
+            else:
+                part.copy_(codes_reference(weight, tops))
         return
-    bits = tops.view(torch.int32)
-    with launch_device(tops):
-        if isinstance(weight, Quantised4bit):
-            blocks = weight.absmax.numel()
-            _top_4bit_kernel[(cdiv(blocks, _TOP_TILE),)](
-                *_parts(weight), bits, blocks, BLOCKSIZE2=weight.blocksize2 or 1,
-                NESTED=weight.nested, TILE=_TOP_TILE, num_warps=8, enable_fp_fusion=False,
-            )  # fmt: skip
-        else:
-            flat = weight.contiguous()
-            programs = min(_TOP_PROGRAMS, cdiv(flat.numel(), _TOP_TILE))
-            _top_kernel[(programs,)](
-                flat, bits, flat.numel(), PROGRAMS=programs, TILE=_TOP_TILE, num_warps=8
-            )
-
-
-def codes(weight: Weight, tops: Tensor, out: Tensor) -> None:
-    """Writes W8 into `out` [N, K], e4m3, of any row stride; the scale is that of `tops[0]`."""
-    N, K = weight.shape
-    if not _runs(weight):
-        out.copy_(codes_reference(weight, tops))
-        return
+    one, end1 = weights[0], sizes[0]
+    end2 = end1 + sum(sizes[1:2])
     with launch_device(out):
-        if isinstance(weight, Quantised4bit):
+        if isinstance(one, Quantised4bit):
             tile = next((n for n in _TILES if K % n == 0), min(_TILES[0], next_power_of_2(K)))
-            _codes_4bit_kernel[(N, cdiv(K, tile))](
-                weight.packed, *_parts(weight), tops, out, out.stride(0),
-                K=K, BLOCKSIZE=weight.blocksize, BLOCKSIZE2=weight.blocksize2 or 1,
-                BYTES=tile // 2, NESTED=weight.nested, EVEN=K % tile == 0,
+            _codes_4bit_kernel[(sum(sizes), cdiv(K, tile))](
+                *_packed(weights), tops, out, end1, end2, out.stride(0),
+                K=K, BLOCKSIZE=one.blocksize, BLOCKSIZE2=one.blocksize2 or 1,
+                BYTES=tile // 2, NESTED=one.nested, EVEN=K % tile == 0,
                 EXACT=interpreting(), num_warps=max(1, tile // 512), enable_fp_fusion=False,
             )  # fmt: skip
         else:
-            rows = weight if weight.stride(1) == 1 else weight.contiguous()
+            rows = _rows(weights)
             block = min(_TILES[0], next_power_of_2(K))
-            _codes_kernel[(N, cdiv(K, block))](
-                rows, tops, out, rows.stride(0), out.stride(0), K=K, BLOCK=block,
-                EXACT=interpreting(), num_warps=max(1, block // 512),
+            _codes_kernel[(sum(sizes), cdiv(K, block))](
+                *rows, tops, out, *(w.stride(0) for w in rows), end1, end2, out.stride(0),
+                K=K, BLOCK=block, EXACT=interpreting(), num_warps=max(1, block // 512),
             )  # fmt: skip
 
 
-def codes_transposed(weight: Weight, tops: Tensor, out: Tensor) -> None:
-    """Writes W8^T into `out` [K, N], e4m3, a row stride in whole `_ROW` bytes.
+def codes_transposed(
+    weights: Sequence[Weight],  # of [N_i, K]
+    tops: Tensor,  # as in `codes`
+    out: Tensor,  # [K, N] e4m3, a row stride in whole `_ROW` bytes
+) -> None:
+    """Writes [W8_1^T | W8_2^T | ...] into `out`.
 
     Raises:
         ValueError: of another row stride.
     """
-    N, K = weight.shape
+    sizes, K = [w.shape[0] for w in weights], out.shape[0]
     if out.stride(0) % _ROW:
         raise ValueError(f"out needs a row stride of a multiple of {_ROW}, got {out.stride(0)}")
-    if not _runs(weight):
-        out.copy_(codes_reference(weight, tops).t())
+    # A weight that begins within a `_ROW` gets a launch with a pointer of its own.
+    if not _together(weights) or any(n % _ROW for n in sizes[:-1]):
+        for weight, part in zip(weights, out.split(sizes, 1), strict=True):
+            if runs(weight):
+                codes_transposed([weight], tops, part)
+            else:
+                part.copy_(codes_reference(weight, tops).t())
         return
     words = out.view(torch.int32)
-    packed = isinstance(weight, Quantised4bit)
-    block_n, block_k, warps = _TRANSPOSED_4BIT if packed else _TRANSPOSED
-    grid = (cdiv(K, block_k), cdiv(N, block_n))
+    one = weights[0]
+    block_n, block_k, warps = _TRANSPOSED_4BIT if isinstance(one, Quantised4bit) else _TRANSPOSED
+    N1, N2, N3 = [*sizes, 0, 0][:3]
+    end1 = cdiv(N1, block_n)
+    end2 = end1 + cdiv(N2, block_n)
+    grid = (cdiv(K, block_k), end2 + cdiv(N3, block_n))
+    starts = N1 // 4, (N1 + N2) // 4
     with launch_device(out):
-        if isinstance(weight, Quantised4bit):
-            one_block = K % weight.blocksize == 0 and weight.blocksize % block_k == 0
+        if isinstance(one, Quantised4bit):
+            one_block = K % one.blocksize == 0 and one.blocksize % block_k == 0
             _codes_transposed_4bit_kernel[grid](
-                weight.packed, *_parts(weight), tops, words, N, words.stride(0),
-                K=K, BLOCKSIZE=weight.blocksize, BLOCKSIZE2=weight.blocksize2 or 1,
-                BLOCK_N=block_n, BLOCK_K=block_k, NESTED=weight.nested, LONG=N * K >= 2**31,
-                ONE_BLOCK=one_block, EXACT=interpreting(), num_warps=warps,
-                enable_fp_fusion=False,
+                *_packed(weights), tops, words, N1, N2, N3, *starts, end1, end2, words.stride(0),
+                K=K, BLOCKSIZE=one.blocksize, BLOCKSIZE2=one.blocksize2 or 1,
+                BLOCK_N=block_n, BLOCK_K=block_k, NESTED=one.nested,
+                LONG=max(sizes) * K >= 2**31, ONE_BLOCK=one_block, EXACT=interpreting(),
+                num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
         else:
-            rows = weight if weight.stride(1) == 1 else weight.contiguous()
+            rows = _rows(weights)
             _codes_transposed_kernel[grid](
-                rows, tops, words, N, rows.stride(0), words.stride(0), K=K,
+                *rows, tops, words, N1, N2, N3, *(w.stride(0) for w in rows),
+                *starts, end1, end2, words.stride(0), K=K,
                 BLOCK_N=block_n, BLOCK_K=block_k, EXACT=interpreting(), num_warps=warps,
             )  # fmt: skip
-
-
-def column_tops(S: Tensor, tops: Tensor) -> None:
-    """Raises `tops` [R] fp32, at least 0, to the largest |element| of each column of S [J, R]."""
-    J, R = S.shape
-    if not use_triton(S):
-        column_tops_reference(S, tops)
-        return
-    P = next_power_of_2(R)
-    block = max(1, min(128, _FOLD_TILE // P))
-    with launch_device(S):
-        _column_tops_kernel[(cdiv(J, block),)](
-            S, tops.view(torch.int32), J, *S.stride(), R=R, P=P, BLOCK_J=block
-        )
 
 
 def fold(

@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 from lorafuse.kernels import fp8_linear
 from lorafuse.kernels.adapter_buffers import block_diagonal, stack
 from lorafuse.kernels.gradient_room import ask_for_room, take_room
-from lorafuse.kernels.nf4 import Quantised4bit, dequantise
+from lorafuse.kernels.nf4 import Quantised4bit, dequantise, dequantise_rows
 from lorafuse.kernels.rms_norm import reference as rms_norm_reference
 from lorafuse.kernels.rms_norm import rms_norm_fwd
 from lorafuse.kernels.runtime import mm_fp32
@@ -182,14 +182,18 @@ class Group:
     def __init__(self, projections: Sequence[LoraProjection], dtype: torch.dtype) -> None:
         self.projections = tuple(projections)
         self.dtype = dtype
+        self.weights: list[Weight] = [p.weight for p in self.projections]
+        first = self.weights[0]
+        self.device = (first.packed if isinstance(first, Quantised4bit) else first).device
         self.in_features = self.projections[0].in_features
         self.rows: list[slice] = []
         self.ranks: list[slice] = []
         n = r = 0
         for p in self.projections:
-            self.rows.append(slice(n, n + p.out_features))
-            self.ranks.append(slice(r, r + p.rank))
-            n, r = n + p.out_features, r + p.rank
+            to_n, to_r = n + p.out_features, r + p.rank
+            self.rows.append(slice(n, to_n))
+            self.ranks.append(slice(r, to_r))
+            n, r = to_n, to_r
         self.out_features = n
         self.has_bias = any(p.bias is not None for p in self.projections)
         self.rank = r
@@ -199,15 +203,7 @@ class Group:
         align = fold_alignment(self.device)
         self.fold_forward = -(-(r + self.has_bias) // align) * align  # width of [XA, 1, 0...]
         self.fold_backward = -(-r // align) * align  # width of [G, 0...]
-
-    @property
-    def device(self) -> torch.device:
-        weight = self.projections[0].weight
-        return weight.packed.device if isinstance(weight, Quantised4bit) else weight.device
-
-    @property
-    def weights(self) -> list[Weight]:
-        return [p.weight for p in self.projections]
+        self._fp8: dict[int, bool] = {}  # of a number of rows; a pass asks up to four times
 
     @property
     def copies_weight(self) -> bool:
@@ -218,10 +214,13 @@ class Group:
 
     def uses_fp8(self, rows: int) -> bool:
         """Whether the base GEMMs run in FP8, with buffers of their own for what is folded in."""
-        return all(p.fp8 for p in self.projections) and not any(
-            fp8_linear.why_not(self.device, self.dtype, rows, p.in_features, p.out_features)
-            for p in self.projections
-        )
+        known = self._fp8.get(rows)
+        if known is None:
+            known = self._fp8[rows] = all(p.fp8 for p in self.projections) and not any(
+                fp8_linear.why_not(self.device, self.dtype, rows, p.in_features, p.out_features)
+                for p in self.projections
+            )
+        return known
 
     def folds_forward(self, rows: int, *, copies_input: bool) -> bool:
         return (
@@ -254,13 +253,17 @@ class Group:
         """Columns for G that backward can use where dY's buffer has them."""
         return self.fold_backward if self.folds_backward(rows, copies_input=False) else 0
 
-    def write_weight(self, index: int, out: Tensor) -> None:
-        """Projection `index`'s W into `out` [N_i, K], a view of any row stride."""
-        weight = self.projections[index].weight
-        if isinstance(weight, Quantised4bit):
-            dequantise(weight, out)
-        else:
-            out.copy_(weight)
+    def write_weights(self, out: Tensor) -> None:
+        """[W_1; W_2; ...] into `out` [N, K], a view of any row stride."""
+        packed = [w for w in self.weights if isinstance(w, Quantised4bit)]
+        if len(packed) == len(self.projections):
+            dequantise_rows(packed, out)
+            return
+        for p, rows in zip(self.projections, self.rows, strict=True):
+            if isinstance(p.weight, Quantised4bit):
+                dequantise(p.weight, out[rows])
+            else:
+                out[rows].copy_(p.weight)
 
     def plain_weight(self, index: int) -> Tensor:
         """Projection `index`'s W in the compute dtype, without a copy where it already is."""
@@ -393,8 +396,7 @@ def group_fwd(
         _fp8_forward(group, x, saved, out)
     elif wide is not None:
         W = x.new_empty((group.out_features, K + group.fold_forward))
-        for i, rows in enumerate(group.rows):
-            group.write_weight(i, W[rows, :K])
+        group.write_weights(W[:, :K])
         group.write_sB(W[:, K:], bias=True)
         torch.mm(wide, W.t(), out=out)
     else:
@@ -514,8 +516,7 @@ def input_gradient(
     if dy_wide is not None:
         # dX = [dY, G] [W; A]
         W = dy.new_empty((N + group.fold_backward, K))
-        for i, rows in enumerate(group.rows):
-            group.write_weight(i, W[rows])
+        group.write_weights(W[:N])
         group.write_A(W[N:])
         return dy_wide @ W
     if group.uses_fp8(dy.shape[0]):  # with dropout, the masks come between G A and dX

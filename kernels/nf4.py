@@ -14,6 +14,7 @@ Dettmers et al., "QLoRA", 2023, https://arxiv.org/abs/2305.14314
 Layout: bitsandbytes 0.50.2, `functional.QuantState` and `backends/default/ops.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from lorafuse.kernels.runtime import cached_launch, cdiv, launch_device, tl, triton, use_triton
 
-__all__ = ["Quantised4bit", "dequantise", "reference"]
+__all__ = ["Quantised4bit", "dequantise", "dequantise_rows", "reference", "same_layout"]
 
 # Packed bytes of one tile: 8 a thread at 8 warps, which make two 16-byte stores of a 16-bit `out`.
 # Half of it stores without a trip through shared memory, but leaves too few bytes in flight.
@@ -104,11 +105,10 @@ def _scales(w: Quantised4bit) -> Tensor:
     return w.code2[absmax.int()] * absmax2 + w.offset
 
 
-@cached_launch
 @triton.jit
-def _dequantise_kernel(
-    packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr,
-    elements, out_row,  # N * K; row stride of out
+def _dequantise_tile(
+    tile, packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr,
+    elements, out_row,
     K: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, BYTES: tl.constexpr,
     NESTED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +117,7 @@ def _dequantise_kernel(
     The scale is gathered once a byte; neighbours share it, so it comes from the cache.
     """
     # The tile's start is int64 and scalar; offsets within it, and the number of blocks, fit int32.
-    first = tl.program_id(0).to(tl.int64) * (2 * BYTES)
+    first = tile.to(tl.int64) * (2 * BYTES)
     o_byte = tl.arange(0, BYTES)
     o_element = tl.arange(0, 2 * BYTES)
     o_block = (first // BLOCKSIZE).to(tl.int32) + o_byte * 2 // BLOCKSIZE
@@ -142,6 +142,82 @@ def _dequantise_kernel(
     tl.store(out_ptr + row * out_row + column % K, w, m_element)
 
 
+@cached_launch
+@triton.jit
+def _dequantise_kernel(
+    packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr,
+    elements, out_row,  # N * K; row stride of out
+    K: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, BYTES: tl.constexpr,
+    NESTED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    _dequantise_tile(
+        tl.program_id(0), packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr,
+        out_ptr, elements, out_row, K, BLOCKSIZE, BLOCKSIZE2, BYTES, NESTED, EVEN,
+    )  # fmt: skip
+
+
+@cached_launch
+@triton.jit
+def _dequantise_rows_kernel(
+    packed1, code1, absmax1, code2_1, absmax2_1, offset1,
+    packed2, code2, absmax2, code2_2, absmax2_2, offset2,
+    packed3, code3, absmax3, code2_3, absmax2_3, offset3,
+    out_ptr, elements1, elements2, elements3, start2, start3, tiles1, tiles2, out_row,
+    K: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, BYTES: tl.constexpr,
+    NESTED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """A tile of one of two or three weights; `start`: where its rows begin, in elements of out.
+
+    A branch of its own for each weight: the whole program takes one of them, and each pointer is an
+    argument of the kernel, whose alignment the compiler knows.
+    """
+    tile = tl.program_id(0)
+    if tile < tiles1:
+        _dequantise_tile(
+            tile, packed1, code1, absmax1, code2_1, absmax2_1, offset1,
+            out_ptr, elements1, out_row, K, BLOCKSIZE, BLOCKSIZE2, BYTES, NESTED, EVEN,
+        )  # fmt: skip
+    elif tile < tiles1 + tiles2:
+        _dequantise_tile(
+            tile - tiles1, packed2, code2, absmax2, code2_2, absmax2_2, offset2,
+            out_ptr + start2, elements2, out_row, K, BLOCKSIZE, BLOCKSIZE2, BYTES, NESTED, EVEN,
+        )  # fmt: skip
+    else:
+        _dequantise_tile(
+            tile - tiles1 - tiles2, packed3, code3, absmax3, code2_3, absmax2_3, offset3,
+            out_ptr + start3, elements3, out_row, K, BLOCKSIZE, BLOCKSIZE2, BYTES, NESTED, EVEN,
+        )  # fmt: skip
+
+
+def pointers(w: Quantised4bit) -> tuple[Tensor, ...]:
+    """A kernel's code, absmax, code2, absmax2 and offset; where one is None, any pointer."""
+    code = w.code
+    if w.code2 is None or w.absmax2 is None or w.offset is None:
+        return code, w.absmax, code, code, code
+    return code, w.absmax, w.code2, w.absmax2, w.offset
+
+
+def same_layout(weights: Sequence[Quantised4bit]) -> bool:
+    """Whether one kernel serves all of them: they differ in N and in their values only."""
+    first = weights[0]
+    kind = first.shape[1], first.blocksize, first.blocksize2, first.absmax.dtype
+    return all(
+        (w.shape[1], w.blocksize, w.blocksize2, w.absmax.dtype) == kind
+        and w.packed.device == first.packed.device
+        for w in weights[1:]
+    )
+
+
+def _check(out: Tensor, w: Quantised4bit, shape: tuple[int, int]) -> None:
+    if out.shape != shape or out.device != w.packed.device:
+        raise ValueError(
+            f"out must be {shape} on {w.packed.device} as the weight is, "
+            f"got {tuple(out.shape)} on {out.device}"
+        )
+    if shape[1] > 1 and out.stride(1) != 1:
+        raise ValueError(f"out must have contiguous rows, got strides {out.stride()}")
+
+
 def dequantise(
     w: Quantised4bit,
     out: Tensor,  # [N, K], any row stride; fp32, fp16 or bf16 (fp64: on the torch path)
@@ -152,13 +228,7 @@ def dequantise(
         ValueError: `out` has another shape or device than W, or rows that are not contiguous.
     """
     N, K = w.shape
-    if out.shape != w.shape or out.device != w.packed.device:
-        raise ValueError(
-            f"out must be {w.shape} on {w.packed.device} as the weight is, "
-            f"got {tuple(out.shape)} on {out.device}"
-        )
-    if K > 1 and out.stride(1) != 1:
-        raise ValueError(f"out must have contiguous rows, got strides {out.stride()}")
+    _check(out, w, w.shape)
     if not use_triton(out):
         out.copy_(reference(w))
         return
@@ -168,9 +238,43 @@ def dequantise(
     with launch_device(out):
         # fp fusion off: bitsandbytes rounds the product before it adds the offset.
         _dequantise_kernel[(cdiv(N * K, tile),)](
-            w.packed, w.code, w.absmax,
-            w.code if w.code2 is None else w.code2, w.code if w.absmax2 is None else w.absmax2,
-            w.code if w.offset is None else w.offset, out, N * K, out.stride(0),
+            w.packed, *pointers(w), out, N * K, out.stride(0),
             K=K, BLOCKSIZE=w.blocksize, BLOCKSIZE2=w.blocksize2 or 1, BYTES=tile // 2,
             NESTED=w.nested, EVEN=N * K % tile == 0, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def dequantise_rows(
+    weights: Sequence[Quantised4bit],  # of [N_i, K]
+    out: Tensor,  # [N, K], N the sum of the N_i; as in `dequantise`
+) -> None:
+    """Writes [W_1; W_2; ...] into `out`: two or three weights of one layout in one launch.
+
+    Raises:
+        ValueError: as `dequantise`.
+    """
+    if len(weights) == 1:
+        dequantise(weights[0], out)
+        return
+    K, sizes = weights[0].shape[1], [w.shape[0] for w in weights]
+    _check(out, weights[0], (sum(sizes), K))
+    if not (len(weights) <= 3 and K * min(sizes) and use_triton(out) and same_layout(weights)):
+        first = 0
+        for w, n in zip(weights, sizes, strict=True):
+            dequantise(w, out[first : first + n])
+            first += n
+        return
+    one = weights[0]
+    tile = max(2 * _TILE_BYTES, one.blocksize)
+    row, elements = out.stride(0), [n * K for n in sizes]
+    tiles = [cdiv(n, tile) for n in elements]
+    starts = sizes[0] * row, (sizes[0] + sizes[1]) * row
+    # Where there is no third, any: no program takes its branch.
+    given = [(w.packed, *pointers(w)) for w in (*weights, one)[:3]]
+    with launch_device(out):
+        _dequantise_rows_kernel[(sum(tiles),)](
+            *given[0], *given[1], *given[2], out, *(*elements, 0)[:3], *starts, *tiles[:2], row,
+            K=K, BLOCKSIZE=one.blocksize, BLOCKSIZE2=one.blocksize2 or 1, BYTES=tile // 2,
+            NESTED=one.nested, EVEN=not any(n % tile for n in elements), num_warps=8,
+            enable_fp_fusion=False,
         )  # fmt: skip

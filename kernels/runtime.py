@@ -7,6 +7,7 @@ their torch references run.
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 _MOST_KEYS = 512
+_NOTHING = nullcontext()
 
 kernel_dtypes = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -116,9 +118,12 @@ def use_triton(x: Tensor) -> bool:
     return x.is_cuda or interpreting()
 
 
-def launch_device(x: Tensor) -> Any:
+def launch_device(x: Tensor) -> AbstractContextManager[Any]:
     """Context that makes `x`'s GPU current: Triton launches there, not where the data is."""
-    return torch.cuda.device(x.device) if x.is_cuda else torch.device("cpu")
+    # Mostly it is current already, and torch's context would ask the driver three times.
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(x.device)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -18,9 +18,9 @@ from collections import Counter, defaultdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorafuse.kernels.adam_8bit import AdamOptions, AdamTensor, adam_8bit_, serves
+from lorafuse.kernels.adam_8bit import AdamOptions, AdamTensor, adam_8bit_triton_, serves
 
 __all__ = ["UnwaitingStep", "fuse_optimizer"]
 
@@ -71,21 +71,28 @@ class UnwaitingStep:
             optimizer.check_overrides()
             optimizer.to_gpu()
             optimizer.initialized = True
-        launches: defaultdict[Any, list[AdamTensor]] = defaultdict(list)
+        self._aside = []
+        launches: defaultdict[_Common, list[AdamTensor]] = defaultdict(list)
         for i, group in enumerate(optimizer.param_groups):
+            hyper = _Hyperparameters(optimizer, group, i)
             for j, p in enumerate(group["params"]):
-                if p.grad is None:
+                g = p.grad
+                if g is None:
                     continue
-                if not optimizer.state[p]:
+                self._aside.append((p, g))
+                state = optimizer.state[p]
+                if not state:
                     optimizer.init_state(group, p, i, j)
-                found = _adam_tensor(optimizer, group, p, i, j)
-                if found is None:
+                    state = optimizer.state[p]
+                given = hyper.of(j)
+                one = None if given is None else _adam_tensor(p, g, state)
+                if given is None or one is None:
                     optimizer.update_step(group, p, i, j)
-                else:
-                    launches[found[0]].append(found[1])
-                self._aside.append((p, p.grad))
-        for (_, _, q1, q2, options), tensors in launches.items():
-            adam_8bit_(tensors, q1, q2, options)
+                    continue
+                state["step"] += 1
+                launches[p.get_device(), p.dtype, given, state["step"]].append(one)
+        for (_, _, given, step), tensors in launches.items():
+            adam_8bit_triton_(tensors, AdamOptions(*given, step))
         for p, _ in self._aside:
             p.grad = None
         self.calls += 1
@@ -124,40 +131,71 @@ def fuse_optimizer(optimizer: Any) -> UnwaitingStep | None:
     return UnwaitingStep(optimizer, _why_not(optimizer, base))
 
 
-def _adam_tensor(
-    optimizer: Any, group: Any, p: Tensor, i: int, j: int
-) -> tuple[Any, AdamTensor] | None:
-    """(what a launch's tensors have in common, the tensor), its step counted; None where the kernel
-    does not serve."""
-    state, config = optimizer.state[p], optimizer.get_config(i, j, group)
-    plain = (
-        optimizer.optimizer_name == "adam"
-        and type(optimizer).update_step is _two_state_update()
-        and len(config["betas"]) == 2
-        and not config["max_unorm"]
-        and not config["skip_zeros"]
-        and config.get("percentile_clipping", 100) >= 100
-        and config.get("block_wise", True)
-    )
-    if not plain or "absmax1" not in state or hasattr(p, "placements"):
+_Five = tuple[float, float, float, float, float]
+_Common = tuple[int, torch.dtype, _Five, int]  # what the tensors of a launch have in common
+
+
+class _Hyperparameters:
+    """A group's (lr, beta1, beta2, eps, weight_decay) in this step; of each tensor where
+    bitsandbytes' manager overrides something for it.
+
+    Asked for each tensor, `get_config` takes longer than all else that the step does.
+    """
+
+    def __init__(self, optimizer: Any, group: Any, i: int) -> None:
+        self.optimizer, self.group, self.i = optimizer, group, i
+        self.adam = (
+            optimizer.optimizer_name == "adam"
+            and type(optimizer).update_step is _two_state_update()
+        )
+        own = type(optimizer).get_config is not _base("Optimizer8bit").get_config
+        self.each = own or bool(optimizer.mng.index2config or optimizer.mng.pid2config)
+        self.common = self._read(0) if group["params"] else None
+
+    def of(self, j: int) -> _Five | None:
+        """Those of the group's tensor `j`; None where the kernel does not serve them."""
+        return self._read(j) if self.each else self.common
+
+    def _read(self, j: int) -> _Five | None:
+        if not self.adam:
+            return None
+        config = self.optimizer.get_config(self.i, j, self.group)
+        if (
+            len(config["betas"]) != 2
+            or config["max_unorm"]
+            or config["skip_zeros"]
+            or config.get("percentile_clipping", 100) < 100
+            or not config.get("block_wise", True)
+        ):
+            return None
+        beta1, beta2 = map(float, config["betas"])
+        return (
+            float(config["lr"]),
+            beta1,
+            beta2,
+            float(config["eps"]),
+            float(config["weight_decay"]),
+        )
+
+
+def _adam_tensor(p: Tensor, g: Tensor, state: dict[str, Any]) -> AdamTensor | None:
+    """The tensor with its states as they are now; None where the kernel does not serve."""
+    if "absmax1" not in state or (type(p) is not nn.Parameter and hasattr(p, "placements")):
         return None
-    assert p.grad is not None
-    tensor = AdamTensor(
-        p.detach(), p.grad, state["state1"], state["state2"], state["absmax1"], state["absmax2"]
-    )
-    if not serves(tensor):
-        return None
-    state["step"] += 1
-    beta1, beta2 = config["betas"]
-    options = AdamOptions(
-        config["lr"], beta1, beta2, config["eps"], config["weight_decay"], state["step"]
-    )
-    return (p.device, p.dtype, state["qmap1"], state["qmap2"], options), tensor
+    one = AdamTensor(
+        p, g,
+        state["state1"], state["state2"], state["absmax1"], state["absmax2"],
+        state["qmap1"], state["qmap2"],
+    )  # fmt: skip
+    return one if serves(one) else None
+
+
+def _base(name: str) -> Any:
+    return getattr(sys.modules["bitsandbytes.optim.optimizer"], name, None)
 
 
 def _two_state_update() -> Any:
-    module = sys.modules["bitsandbytes.optim.optimizer"]
-    return getattr(getattr(module, "Optimizer2State", None), "update_step", None)
+    return getattr(_base("Optimizer2State"), "update_step", None)
 
 
 def _why_not(optimizer: Any, base: type) -> str:

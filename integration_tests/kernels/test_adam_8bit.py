@@ -1,13 +1,12 @@
 """8-bit AdamW over many tensors: the definition's numbers, and bitsandbytes' own."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 
 from lorafuse.kernels import adam_8bit
-from lorafuse.kernels.adam_8bit import AdamOptions, AdamTensor, adam_8bit_, reference_
+from lorafuse.kernels.adam_8bit import AdamOptions, AdamTensor, adam_8bit_, reference_, serves
 
 OPTIONS = AdamOptions(lr=1e-2, beta1=0.9, beta2=0.995, eps=1e-6, weight_decay=0.1, step=3)
 SIZES = [(1,), (256,), (7, 300), (4096,), (33, 129)]
@@ -20,21 +19,21 @@ def maps(device):
     return signed.to(device), functional.create_dynamic_map(signed=False).to(device)
 
 
-def make(randn, shape, dtype):
+def make(randn, maps, shape, dtype):
     """A tensor in the middle of its training, with random states."""
     p, g = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
     blocks = -(-p.numel() // adam_8bit.BLOCK)
     c1, c2 = (torch.randint(0, 256, shape, device=p.device).to(torch.uint8) for _ in range(2))
     a1, a2 = randn(blocks).abs() + 0.1, randn(blocks).abs() + 0.1
-    return AdamTensor(p, g, c1, c2, a1, a2)
+    return AdamTensor(p, g, c1, c2, a1, a2, *maps)
 
 
-def close(ours, exact, maps, dtype):
+def close(ours, exact, dtype):
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(ours.p, exact.p, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(ours.a1, exact.a1)
     torch.testing.assert_close(ours.a2, exact.a2)
-    for q, mine, theirs in zip(maps, (ours.c1, ours.c2), (exact.c1, exact.c2), strict=True):
+    for q, mine, theirs in zip(ours[6:], ours[2:4], exact[2:4], strict=True):
         # a value in the middle of two codes may go either way
         assert (mine.int() - theirs.int()).abs().max() <= 1
         assert (mine != theirs).float().mean() <= 2e-3
@@ -42,24 +41,24 @@ def close(ours, exact, maps, dtype):
 
 
 def test_many_tensors_in_one_launch(randn, maps, dtype):
-    ours = [make(randn, shape, dtype) for shape in SIZES]
+    ours = [make(randn, maps, shape, dtype) for shape in SIZES]
     exact = copy.deepcopy(ours)
-    adam_8bit_(ours, *maps, OPTIONS)
+    adam_8bit_(ours, OPTIONS)
     for mine, theirs in zip(ours, exact, strict=True):
-        reference_(theirs, *maps, OPTIONS)
-        close(mine, theirs, maps, dtype)
+        reference_(theirs, OPTIONS)
+        close(mine, theirs, dtype)
         assert torch.equal(mine.g, theirs.g)
 
 
 def test_gradients_that_are_not_finite_and_all_zero_states(randn, maps):
-    ours = make(randn, (600,), torch.float32)
+    ours = make(randn, maps, (600,), torch.float32)
     ours.g[3], ours.g[300], ours.g[301] = float("nan"), float("inf"), -float("inf")
     ours.g[512:] = 0
     ours.a1[2], ours.a2[2] = 0, 0  # the last block has never seen a gradient
     before, exact = ours.p.clone(), copy.deepcopy(ours)
-    adam_8bit_([ours], *maps, OPTIONS)
-    reference_(exact, *maps, OPTIONS)
-    close(ours, exact, maps, torch.float32)
+    adam_8bit_([ours], OPTIONS)
+    reference_(exact, OPTIONS)
+    close(ours, exact, torch.float32)
     assert torch.equal(ours.p[[3, 300, 301]], before[[3, 300, 301]])
     assert ours.p.isfinite().all() and ours.a1.isfinite().all() and ours.a1[2] == 0
     assert (maps[0][ours.c1[[3, 300]].int()] == 0).all()
@@ -86,10 +85,10 @@ def test_steps_are_bitsandbytes_own(randn, device):
             for w, g, s in zip(weights, gradients, states, strict=True):
                 # zero moments, with whatever code
                 zeros = (s["state1"] * 0, s["state2"] * 0, s["absmax1"] * 0, s["absmax2"] * 0)
-                ours.append(AdamTensor(w.clone(), g, *zeros))
+                ours.append(AdamTensor(w.clone(), g, *zeros, q1, q2))
         else:
-            ours = [replace(o, g=g) for o, g in zip(ours, gradients, strict=True)]
-        adam_8bit_(ours, q1, q2, AdamOptions(1e-2, 0.9, 0.995, 1e-8, 0.01, t))
+            ours = [o._replace(g=g) for o, g in zip(ours, gradients, strict=True)]
+        adam_8bit_(ours, AdamOptions(1e-2, 0.9, 0.995, 1e-8, 0.01, t))
         for w, o, p, s in zip(weights, ours, stock, states, strict=True):
             assert (o.p - p.detach()).norm() <= limit * (p.detach() - w).norm(), t
             torch.testing.assert_close(o.a1, s["absmax1"], rtol=3 * limit, atol=1e-6)
@@ -97,18 +96,48 @@ def test_steps_are_bitsandbytes_own(randn, device):
 
 
 def test_a_map_of_another_length_is_refused(randn, maps):
-    one = make(randn, (300,), torch.float32)
+    one = make(randn, maps, (300,), torch.float32)
     with pytest.raises(ValueError, match=r"\[256\] fp32"):
-        adam_8bit_([one], maps[0][:16].contiguous(), maps[1], OPTIONS)
+        adam_8bit_([one._replace(q1=maps[0][:16].contiguous())], OPTIONS)
+
+
+def test_maps_at_another_place_for_each_tensor(randn, maps):
+    """As states from a file have them; of other values, too."""
+    ours = [make(randn, [m * (i + 1) for m in maps], (600,), torch.float32) for i in range(3)]
+    exact = copy.deepcopy(ours)
+    adam_8bit_(ours, OPTIONS)
+    for mine, theirs in zip(ours, exact, strict=True):
+        reference_(theirs, OPTIONS)
+        close(mine, theirs, torch.float32)
+
+
+@pytest.mark.usefixtures("triton_runs")
+def test_what_the_kernel_does_not_serve(randn, maps):
+    one = make(randn, maps, (8, 300), torch.float32)
+    assert serves(one)
+    turned = torch.empty(300, 8, device=one.p.device).t()
+    off = torch.empty(2401, device=one.p.device)[1:].view(8, 300)
+    for change in (
+        {"g": one.g.half()},
+        {"g": turned},
+        {"p": turned},
+        {"g": off},
+        {"p": one.p.double(), "g": one.g.double()},
+        {"c2": one.c2.int()},
+        {"a1": one.a1.half()},
+        {"q2": one.q2[:16].contiguous()},
+        {"q1": one.q1.double()},
+    ):
+        assert not serves(one._replace(**change)), change
 
 
 @pytest.mark.gpu
 def test_as_many_as_an_8b_model_has(cuda, randn, maps):
     """448 tensors with offsets past a launch's first rows; nothing beside them is written."""
     shapes = [(32, 4096), (4096, 32), (1024, 32), (14336, 32)]
-    ours = [make(randn, shapes[i % 4], torch.float32) for i in range(64)]
+    ours = [make(randn, maps, shapes[i % 4], torch.float32) for i in range(64)]
     exact = copy.deepcopy(ours)
-    adam_8bit_(ours, *maps, OPTIONS)
+    adam_8bit_(ours, OPTIONS)
     for mine, theirs in zip(ours, exact, strict=True):
-        reference_(theirs, *maps, OPTIONS)
-        close(mine, theirs, maps, torch.float32)
+        reference_(theirs, OPTIONS)
+        close(mine, theirs, torch.float32)

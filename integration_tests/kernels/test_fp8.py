@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafuse.kernels import runtime
+from lorafuse.kernels import fp8_weight, runtime
 from lorafuse.kernels.fp8 import (
     E4M3,
     MAX,
@@ -18,16 +18,13 @@ from lorafuse.kernels.fp8 import (
     quantise_rows_reference,
     weight_scale,
 )
+from lorafuse.kernels.fp8_tops import group_tops
 from lorafuse.kernels.fp8_weight import (
     codes,
     codes_reference,
     codes_transposed,
-    column_tops,
-    column_tops_reference,
     fold,
     fold_reference,
-    weight_top,
-    weight_top_reference,
 )
 from lorafuse.kernels.nf4 import Quantised4bit
 from lorafuse.kernels.nf4 import reference as dequantised
@@ -173,26 +170,6 @@ def test_balance_is_a_power_of_two_below_the_bound(device, log2) -> None:
     assert (ratio < 2**log2).all() and (ratio >= 2.0 ** (log2 - 1)).all()
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("nested", [True, False], ids=["nested", "single"])
-@pytest.mark.parametrize(("N", "K"), [(16, 128), (48, 80), (33, 160)])
-def test_the_largest_element_comes_from_the_blocks(randn: Randn, quant_type, nested, N, K) -> None:
-    w = four_bit(randn(N, K), quant_type, nested)
-    tops = torch.zeros(1, device=w.code.device)
-    weight_top(w, tops)
-    # Every block holds the code of largest magnitude, for absmax is an element of it.
-    torch.testing.assert_close(tops[0], dequantised(w).abs().max(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(tops[0], weight_top_reference(w), rtol=1e-6, atol=0)
-
-
-def test_the_largest_of_several_weights(randn: Randn, dtype) -> None:
-    weights = [randn(40, 48, dtype=dtype), randn(3, 5000, dtype=dtype) * 2, randn(16, 16).t()]
-    tops = torch.zeros(1, device=weights[0].device)
-    for weight in weights:
-        weight_top(weight, tops)
-    assert tops[0] == max(weight.abs().max().float() for weight in weights)
-
-
 WEIGHTS = ["bf16", "fp32", "fp16", "nf4", "nf4 single", "fp4", "nf4 128"]
 
 
@@ -209,13 +186,12 @@ def make_weight(kind: str, W: Tensor) -> Tensor | Quantised4bit:
 def test_a_weight_and_its_transpose_have_the_same_codes(randn: Randn, kind, N, K) -> None:
     weight = make_weight(kind, randn(N, K))
     device = randn(1).device
-    tops = torch.zeros(1, device=device)
-    weight_top(weight, tops)
+    tops = group_tops([weight], None)
     plain, turned = empty_codes(N, K + 32, device), empty_codes(K, -(-N // 64) * 64 + 64, device)
     with pytest.raises(ValueError, match="row stride of a multiple of 64"):
-        codes_transposed(weight, tops, turned.flatten()[: K * (N + 4)].view(K, N + 4)[:, :N])
-    codes(weight, tops, plain[:, :K])
-    codes_transposed(weight, tops, turned[:, 16 : 16 + N])
+        codes_transposed([weight], tops, turned.flatten()[: K * (N + 4)].view(K, N + 4)[:, :N])
+    codes([weight], tops, plain[:, :K])
+    codes_transposed([weight], tops, turned[:, 16 : 16 + N])
     assert same(plain[:, :K], turned[:, 16 : 16 + N].t())
     assert same(plain[:, :K], codes_reference(weight, tops))
     for untouched in (plain[:, K:], turned[:, :16], turned[:, 16 + N :]):
@@ -225,11 +201,61 @@ def test_a_weight_and_its_transpose_have_the_same_codes(randn: Randn, kind, N, K
     torch.testing.assert_close(near, exact, rtol=2**-4, atol=float(tops[0]) / MAX * 2**-10)
 
 
+GROUPS = {  # kinds; N of each; K
+    "4-bit": (["nf4", "nf4"], (64, 48), 80),
+    "three of 4 bits": (["nf4", "fp4", "nf4"], (128, 64, 272), 64),
+    "single": (["nf4 single"] * 3, (64, 16, 32), 144),
+    "layouts": (["nf4", "nf4 128", "nf4 single"], (64, 16, 48), 64),
+    "floats": (["bf16", "fp32", "fp16"], (64, 128, 16), 192),
+    "within a row of 64": (["bf16", "bf16"], (16, 48), 80),
+    "4 bits and floats": (["nf4", "bf16"], (64, 64), 80),
+    "five": (["bf16"] * 5, (64, 16, 32, 16, 16), 48),
+}
+
+
+@pytest.mark.parametrize(("kinds", "rows", "K"), GROUPS.values(), ids=list(GROUPS))
+def test_the_codes_of_a_group_are_those_of_its_weights(randn: Randn, kinds, rows, K) -> None:
+    weights = [make_weight(kind, randn(n, K)) for kind, n in zip(kinds, rows, strict=True)]
+    N, device = sum(rows), randn(1).device
+    tops = group_tops(weights, None)
+    plain, turned = empty_codes(N, K + 32, device), empty_codes(K, -(-N // 64) * 64 + 64, device)
+    codes(weights, tops, plain[:, :K])
+    codes_transposed(weights, tops, turned[:, :N])
+    expected = torch.cat([codes_reference(weight, tops).float() for weight in weights])
+    assert torch.equal(plain[:, :K].float(), expected)
+    assert torch.equal(turned[:, :N].float(), expected.t())
+    for untouched in (plain[:, K:], turned[:, N:]):
+        assert untouched.float().isnan().all()
+
+
+@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.parametrize("kind", ["nf4", "bf16"])
+def test_one_launch_writes_the_codes_of_a_group(randn: Randn, monkeypatch, kind) -> None:
+    weights = [make_weight(kind, randn(n, 128)) for n in (64, 64, 32)]
+    suffix = "4bit_kernel" if kind == "nf4" else "kernel"
+    launches = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(fp8_weight, name)
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            launches.append(self.name)
+            return self.kernel[grid]
+
+    names = [f"_codes_{suffix}", f"_codes_transposed_{suffix}"]
+    for name in names:
+        monkeypatch.setattr(fp8_weight, name, Recorder(name))
+    tops = group_tops(weights, None)
+    codes(weights, tops, empty_codes(160, 128, tops.device))
+    codes_transposed(weights, tops, empty_codes(128, 192, tops.device)[:, :160])
+    assert launches == names
+
+
 def test_one_scale_serves_rows_of_any_size(randn: Randn) -> None:
     """Down to rows 2^-10 of the largest: the noise is that of a scale for each row."""
     W = randn(12, 512) * torch.exp2(-torch.arange(12.0, device=randn(1).device))[:, None]
-    tops = torch.zeros(1, device=W.device)
-    weight_top(W, tops)
+    tops = group_tops([W], None)
     one = codes_reference(W, tops).float() * weight_scale(tops)
     out, scale = quantised(W)
     each = out.float() * scale
@@ -244,12 +270,7 @@ def test_the_fold_of_the_frozen_side(randn: Randn, dtype, J, R, turned, log2) ->
     S = randn(J, R, dtype=dtype) * torch.logspace(-2, 2, R, device=randn(1).device)
     S = S.to(dtype)
     S = S.t().contiguous().t() if turned else S
-    tops = torch.zeros(1 + R, device=S.device)
-    tops[0] = 0.3
-    column_tops(S, tops[1:])
-    expected_tops = torch.zeros(R, device=S.device)
-    column_tops_reference(S, expected_tops)
-    assert torch.equal(tops[1:], expected_tops)
+    tops = torch.cat((torch.full((1,), 0.3, device=S.device), S.float().abs().amax(0)))
     out, scale = empty_codes(J, 3 * R + 7, S.device), torch.empty(1, J, device=S.device)
     fold(S, R, tops, log2, out, scale)
     expected, expected_scale = torch.empty_like(out), torch.empty_like(scale)
@@ -283,13 +304,27 @@ def test_widths_that_gemms_like() -> None:
 @pytest.mark.parametrize("kind", ["bf16", "nf4"])
 def test_large_weights(cuda, kind, N, K) -> None:
     weight = make_weight(kind, torch.randn(N, K, device=cuda) * 0.02)
-    tops = torch.zeros(1, device=cuda)
-    weight_top(weight, tops)
+    tops = group_tops([weight], None)
     plain, turned = empty_codes(N, K, cuda), empty_codes(K, N, cuda)
-    codes(weight, tops, plain)
-    codes_transposed(weight, tops, turned)
+    codes([weight], tops, plain)
+    codes_transposed([weight], tops, turned)
     expected = codes_reference(weight, tops)
     assert same(plain, expected) and same(turned, expected.t())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [(4096, 1024, 1024), (14336, 14336)], ids=str)
+@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+def test_large_groups(cuda, kind, rows) -> None:
+    K, N = 4096, sum(rows)
+    weights = [make_weight(kind, torch.randn(n, K, device=cuda) * 0.02) for n in rows]
+    tops = group_tops(weights, None)
+    plain, turned = empty_codes(N, K + 384, cuda), empty_codes(K, N + 384, cuda)
+    codes(weights, tops, plain[:, :K])
+    codes_transposed(weights, tops, turned[:, :N])
+    expected = torch.cat([codes_reference(weight, tops).float() for weight in weights])
+    assert torch.equal(plain[:, :K].float(), expected)
+    assert torch.equal(turned[:, :N].float(), expected.t())
 
 
 @pytest.mark.gpu

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorafuse.kernels import runtime
-from lorafuse.kernels.nf4 import Quantised4bit, dequantise, reference
+from lorafuse.kernels import nf4, runtime
+from lorafuse.kernels.nf4 import Quantised4bit, dequantise, dequantise_rows, reference
 
 Randn = Callable[..., Tensor]
 
@@ -177,6 +177,52 @@ def test_triton_equals_reference(device, dtype, N, K, blocksize2):
     assert_same_bits(out, reference(w).to(dtype))
 
 
+GROUPS = {  # N of each, K
+    "one": ((5,), 96),
+    "two": ((64, 128), 64),
+    "two, cut": ((7, 3), 122),
+    "three": ((64, 32, 32), 128),
+    "three, cut": ((33, 1, 6), 123),
+    "three of several tiles": ((70, 9, 40), 160),
+}
+
+
+@pytest.mark.parametrize("blocksize2", [None, 256], ids=["single", "nested"])
+@pytest.mark.parametrize(("rows", "K"), GROUPS.values(), ids=list(GROUPS))
+def test_several_weights_into_one_buffer(device, randn: Randn, dtype, rows, K, blocksize2):
+    """The bits of a launch for each; nothing beside them is written."""
+    weights = [by_hand(n, K, 64, blocksize2, device) for n in rows]
+    N = sum(rows)
+    wide = randn(N + 3, K + 5, dtype=dtype)
+    expected = wide.clone()
+    first = 1
+    for w, n in zip(weights, rows, strict=True):
+        dequantise(w, expected[first : first + n, 2 : K + 2])
+        first += n
+    dequantise_rows(weights, wide[1 : N + 1, 2 : K + 2])
+    assert torch.equal(wide, expected)
+
+
+@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.parametrize("other", ["blocksize", "nested", "empty", "fourth", None])
+def test_weights_of_several_layouts_take_a_launch_each(device, monkeypatch, other):
+    first, second = by_hand(16, 128, 64, 256, device), by_hand(8, 128, 64, 256, device)
+    weights = {
+        "blocksize": [first, by_hand(8, 128, 128, 256, device)],
+        "nested": [first, by_hand(8, 128, 64, None, device)],
+        "empty": [first, by_hand(0, 128, 64, 256, device)],
+        "fourth": [first, second, first, second],
+        None: [first, second],
+    }[other]
+    calls = []
+    real = nf4.dequantise
+    monkeypatch.setattr(nf4, "dequantise", lambda w, out: calls.append(w) or real(w, out))
+    out = torch.empty(sum(w.shape[0] for w in weights), 128, device=device)
+    dequantise_rows(weights, out)
+    assert len(calls) == (0 if other is None else len(weights))
+    torch.testing.assert_close(out, torch.cat([reference(w) for w in weights]))
+
+
 def test_fp64_out_and_no_elements(device, randn: Randn):
     w, by_bitsandbytes = quantised(randn(8, 64))
     out = torch.empty(8, 64, dtype=torch.float64, device=device)
@@ -212,6 +258,10 @@ def test_wrong_parts_are_refused(device):
         dequantise(w, torch.empty(4, 65, device=device))
     with pytest.raises(ValueError, match="contiguous rows"):
         dequantise(w, torch.empty(4, 128, device=device)[:, ::2])
+    with pytest.raises(ValueError, match=r"out must be \(8, 64\)"):
+        dequantise_rows([w, w], torch.empty(9, 64, device=device))
+    with pytest.raises(ValueError, match="contiguous rows"):
+        dequantise_rows([w, w], torch.empty(8, 128, device=device)[:, ::2])
 
 
 @pytest.mark.gpu
@@ -238,3 +288,15 @@ def test_weight_beyond_2_to_the_31_elements(cuda):
         w.packed[-tail * K // 2 :], w.code, w.absmax[-tail * K // 64 :], 64, (tail, K)
     )
     assert torch.equal(out[-tail:], reference(last).to(torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "K"), [((4096, 1024, 1024), 4096), ((14336, 14336), 4096)])
+def test_large_groups(cuda, rows, K):
+    weights = [quantised(torch.randn(n, K, device=cuda).bfloat16())[0] for n in rows]
+    together = torch.empty(sum(rows) + 96, K + 96, dtype=torch.bfloat16, device=cuda)[:-96, :K]
+    apart = torch.empty_like(together)
+    dequantise_rows(weights, together)
+    for w, part in zip(weights, apart.split(rows), strict=True):
+        dequantise(w, part)
+    assert torch.equal(together, apart)

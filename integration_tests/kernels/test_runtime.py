@@ -1,5 +1,6 @@
 """Launching a compiled kernel again: the same numbers, never another specialisation's kernel."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -63,6 +64,23 @@ def test_batches_of_ever_new_lengths_do_not_pile_up(kernel) -> None:
     for n in range(2 * runtime._MOST_KEYS):
         launch[(1,)](torch.zeros(4), n, 0.5, BLOCK=4)
     assert len(launch.compiled) <= runtime._MOST_KEYS
+
+
+def test_the_gpu_of_the_data_is_made_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    class On:
+        def __init__(self, index: int) -> None:
+            self.is_cuda, self.device = index >= 0, index
+
+        def get_device(self) -> int:
+            return self.device
+
+    entered: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: entered.append(index) or nullcontext())
+    for index in (1, -1, 0, 2):
+        with runtime.launch_device(On(index)):  # type: ignore[arg-type]
+            pass
+    assert entered == [0, 2]
 
 
 @pytest.mark.gpu
