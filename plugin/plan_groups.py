@@ -60,9 +60,9 @@ class Workload:
     fold_alignment: int = GPU_FOLD_ALIGNMENT
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "documents", "rank"):
-            if getattr(self, name) < 1:
-                raise FuseConfigError(f"--{name} {getattr(self, name)}: give 1 or more")
+        for name, least in (("tokens", 2), ("batch", 1), ("documents", 1), ("rank", 1)):
+            if getattr(self, name) < least:
+                raise FuseConfigError(f"--{name} {getattr(self, name)}: give {least} or more")
         for name, known in (("quant", QUANTS), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in known:
                 raise FuseConfigError(
@@ -73,6 +73,14 @@ class Workload:
                 f"--documents {self.documents} leaves less than 2 of {self.tokens} tokens each and "
                 "nothing to predict; give fewer"
             )
+        if isinstance(self.targets, str):
+            try:
+                re.compile(self.targets)
+            except re.error as error:
+                raise FuseConfigError(
+                    f"--targets {self.targets} is neither names with commas between nor a regular "
+                    f"expression: {error}"
+                ) from error
         adapted = [linear for linear in self.model.linears if is_target(linear, self.targets)]
         if not adapted:
             names = sorted({linear.name.rpartition(".")[2] for linear in self.model.linears})

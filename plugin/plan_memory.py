@@ -118,7 +118,7 @@ def weight_bytes(workload: Workload) -> int:
     """Frozen weights: the decoder layers' linears as quantised, all other parameters in bf16.
 
     NF4: half a byte an element; for each block of 64 one byte, and for 256 of those 4 bytes (not
-    double quantised: 4 bytes for each block). For each weight its 16 code words and its offset.
+    double quantised: 4 bytes for each block). bitsandbytes keeps a copy of the codes a weight.
     """
     model = workload.model
     others = model.parameters - sum(linear.elements for linear in model.linears)
@@ -129,11 +129,11 @@ def weight_bytes(workload: Workload) -> int:
         blocks = -(-linear.elements // _NF4_BLOCK)
         total += -(-linear.elements // 2) + 16 * FP32
         if workload.double_quant:
-            total += blocks + FP32 * -(-blocks // _NF4_BLOCK_2) + FP32
+            # and the scales' own code of 256 words, and their offset
+            total += blocks + FP32 * -(-blocks // _NF4_BLOCK_2) + (256 + 1) * FP32
         else:
             total += FP32 * blocks
-    # The code of the scales is one tensor for all.
-    return total + (256 * FP32 if workload.double_quant else 0)
+    return total
 
 
 def adapter_bytes(workload: Workload) -> int:

@@ -143,17 +143,26 @@ def _fields(settings: Settings) -> tuple[dict[str, Any], list[str]]:
         )
     quantisation = settings.get("bnb_config_kwargs") or {}
     fields = {
-        "tokens": int(settings.get("sequence_len") or _SEQUENCE_LEN),
-        "batch": int(settings.get("micro_batch_size") or _MICRO_BATCH),
-        "rank": int(settings.get("lora_r") or _LORA_R),
+        "tokens": _whole(settings, "sequence_len", _SEQUENCE_LEN),
+        "batch": _whole(settings, "micro_batch_size", _MICRO_BATCH),
+        "rank": _whole(settings, "lora_r", _LORA_R),
         "quant": "nf4" if settings.get("load_in_4bit") else "none",
         "double_quant": bool(quantisation.get("bnb_4bit_use_double_quant", True)),
         "targets": _targets(settings),
         "optimizer": _OPTIMIZERS[optimizer],
         "adapter_bytes": 2 if settings.get("peft_autocast_adapter_dtype") is False else 4,
-        "accumulates": int(settings.get("gradient_accumulation_steps") or 1) > 1,
+        "accumulates": _whole(settings, "gradient_accumulation_steps", 1) > 1,
     }
     return fields, notes
+
+
+def _whole(settings: Settings, name: str, default: int) -> int:
+    value = settings.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise FuseConfigError(f"`{name}: {value}` is not supported; give a whole number from 1 on")
+    return value
 
 
 def _targets(settings: Settings) -> Targets:

@@ -140,6 +140,9 @@ def longest_tokens(
 ) -> int:
     """The most tokens of a row, a multiple of 64, whose step fits; 0 where 64 do not.
 
+    64 tokens more do not fit. (Memory falls a little where the logits first need a second chunk;
+    a longer row may fit there too.)
+
     Args:
         workload: All but its tokens count.
         mode: One of `ALL_MODES`.
