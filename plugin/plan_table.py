@@ -60,7 +60,7 @@ def cards_table(plan: Plan) -> Table:
     """One row a mode: the longest row of tokens that fits each card, and whether this one does."""
     batch = plan.workload.batch
     found = Table(
-        title=f"longest rows, in tokens, with {batch} a batch (✓: {plan.workload.tokens:,} fit)",
+        title=f"longest row in tokens, {batch} a micro-batch (✓: {plan.workload.tokens:,} fit)",
         title_justify="left",
     )
     found.add_column("fused_checkpointing", no_wrap=True)
