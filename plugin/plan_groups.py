@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from lorafuse.kernels.lora_linear import folding_pays
+import torch
+
+from lorafuse.kernels.lora_linear import fold_alignment, folding_pays
 from lorafuse.plugin.errors import FuseConfigError
 from lorafuse.plugin.plan_model import LayerShape, Linear, ModelShape
 
@@ -18,7 +20,7 @@ ALL_LINEAR = "all-linear"
 QUANTS = ("nf4", "none")
 OPTIMIZERS = ("adamw_8bit", "adamw")
 # Columns that the r-wide part of a folded GEMM is padded to on a GPU.
-GPU_FOLD_ALIGNMENT = 64
+GPU_FOLD_ALIGNMENT = fold_alignment(torch.device("cuda"))
 
 Targets = str | tuple[str, ...]
 

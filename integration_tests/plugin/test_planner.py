@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
 from lorafuse import FuseConfig, fuse
+from lorafuse.kernels import adam_8bit, linear_cross_entropy
 from lorafuse.kernels.lora_linear import Group, LoraProjection, fold_alignment
+from lorafuse.plugin import plan_memory
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.bench_model import base_model
 from lorafuse.plugin.errors import FuseConfigError
@@ -376,6 +378,11 @@ def test_a_ledger_knows_its_highest_moment() -> None:
     ledger.hold("b", 1)
     assert (ledger.total, ledger.peak, ledger.peak_moment) == (1, 12, "late")
     assert ledger.peak_sums[KEPT] == 5
+
+
+def test_constants_of_the_kernels_are_what_they_were() -> None:
+    assert plan_memory._LOGIT_BYTES == linear_cross_entropy._GPU_CHUNK_BYTES
+    assert plan_memory._ADAM_BLOCK == adam_8bit.BLOCK
 
 
 def test_targets_are_read_as_peft_reads_them(shapes: Any) -> None:
