@@ -183,6 +183,92 @@ def bench(
         raise typer.Exit(1)
 
 
+@app.command()
+def plan(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG.yaml|NAME|MODEL_DIR",
+            help="An Axolotl YAML, a geometry (llama-3.1-8b, ... as of `bench`), or a model's "
+            "folder, of which the config.json is enough.",
+        ),
+    ],
+    tokens: Annotated[
+        int | None, typer.Option(help="Of each row. Without it: the YAML's, or 4096.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Rows of a micro-batch. Without it: the YAML's, or 2.")
+    ] = None,
+    documents: Annotated[int | None, typer.Option(help="Packed into each row.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of LoRA. Without it: the YAML's, or 32.")
+    ] = None,
+    quant: Annotated[
+        str | None, typer.Option(metavar="nf4|none", help="Base weights. None: bf16.")
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="What carries LoRA: q_proj,v_proj, or all-linear."),
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(metavar="adamw_8bit|adamw", help="adamw: with fp32 states.")
+    ] = None,
+    accumulates: Annotated[
+        bool | None,
+        typer.Option(
+            "--accumulates/--no-accumulates",
+            help="Gradients of an earlier micro-batch are there when a step begins.",
+        ),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Only the model's first layers.")] = None,
+    host: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="Of the host's memory, what offload may pin."),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write everything, in bytes.")
+    ] = None,
+) -> None:
+    """Predict memory and relative time of each checkpointing mode, and what fits on which card.
+
+    Nothing is trained or downloaded, and neither a GPU nor weights are needed.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from lorafuse.plugin.errors import FuseConfigError
+    from lorafuse.plugin.plan_table import cards_table, lines_below, modes_table
+    from lorafuse.plugin.plan_target import read_target, read_targets
+    from lorafuse.plugin.planner import plan as predict_all
+
+    console = _console()
+    try:
+        if json is not None and not json.absolute().parent.is_dir():
+            raise FuseConfigError(f"--json {json}: there is no folder {json.parent}")
+        if host is not None and host <= 0:
+            raise FuseConfigError(f"--host {host:g}: give the GB that offload may pin, above 0")
+        options = {
+            "tokens": tokens,
+            "batch": batch,
+            "documents": documents,
+            "rank": rank,
+            "quant": quant,
+            "targets": None if targets is None else read_targets(targets),
+            "optimizer": optimizer,
+            "accumulates": accumulates,
+            "layers": layers,
+        }
+        workload, notes = read_target(target, options)
+        found = predict_all(workload, host_GB=host, notes=notes)
+    except FuseConfigError as error:
+        _fail(error)
+    console.print(modes_table(found), soft_wrap=False)
+    console.print(cards_table(found), soft_wrap=False)
+    for line in lines_below(found):
+        console.print(line)
+    if json is not None:
+        _write_json(json, found.to_dict())
+        console.print(f"written: {json}")
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str, str], None]]:
     """On stderr: a line that changes, or in a log one line for each process."""

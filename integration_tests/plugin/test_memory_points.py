@@ -1,0 +1,72 @@
+"""The script that measures the planner's error on a GPU, as far as a CPU can run it."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "gpu" / "memory_points.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("memory_points", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["memory_points"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tiny_steps_run(script: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    file = tmp_path / "points.json"
+    assert script.main(["--smoke", "--device", "cpu", "--json", str(file)]) == 0
+    content = json.loads(file.read_text("utf-8"))
+    assert len(content["points"]) == 8 and content["gpu"] is None
+    for one in content["points"]:
+        assert one["predicted_bytes"] == sum(one["parts"].values())
+        assert one["measured_bytes"] is None
+        if one["mode"] in ("off", "checkpointing"):
+            assert one["said"] == ""
+
+
+def test_there_are_enough_points(script: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "points.json"
+    assert script.main(["--predict-only", "--json", str(file)]) == 0
+    points = json.loads(file.read_text("utf-8"))["points"]
+    assert len(points) >= 24
+    assert len({one["model"] for one in points}) == 5
+    assert {one["mode"] for one in points} == set(script.MODES)
+    assert max(one["predicted_bytes"] for one in points) < 76e9
+
+
+def test_the_table_of_errors(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "points.json"
+    assert script.main(["--smoke", "--predict-only", "--json", str(file)]) == 0
+    content = json.loads(file.read_text("utf-8"))
+    first, second, third = content["points"][:3]
+    first |= {"predicted_bytes": 10_300_000_000, "measured_bytes": 10_000_000_000}
+    second |= {"predicted_bytes": 9_000_000_000, "measured_bytes": 10_000_000_000}
+    third |= {"said": "out of memory"}
+    file.write_text(json.dumps(content | {"gpu": "H100"}), "utf-8")
+    capsys.readouterr()
+    assert script.main(["--markdown", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("H100, lorafuse ")
+    assert "2 points measured, 1 within 5%; error -10.0% to +3.0%, median size 6.5%" in lines[0]
+    assert "the largest: tiny, 2 × 32, selective" in lines[0]
+    assert lines[4] == "| tiny, 2 layers | NF4 | 4 | 2 × 32 | off | 10.30 | 10.00 | +3.0% |"
+    assert lines[6].endswith("| – | out of memory |")
+    assert lines[7].endswith("| – | – |")
+
+
+def test_modes_are_named(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script.main(["--modes", "off,magic"])
+    assert "--modes: magic is none of off, selective" in capsys.readouterr().err

@@ -1,0 +1,248 @@
+"""`lorafuse plan`: what it reads, prints and writes, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import GPT2Config, LlamaConfig, MixtralConfig
+from typer.testing import CliRunner, Result
+
+from lorafuse.plugin.cli import app
+from lorafuse.plugin.plan_target import read_target, read_targets
+from lorafuse.plugin.planner import ALL_MODES, CARDS, PARTS
+
+LORA: dict[str, Any] = {
+    "adapter": "qlora", "load_in_4bit": True, "lora_r": 8, "lora_target_linear": True,
+    "bf16": "auto", "sequence_len": 512, "micro_batch_size": 3, "optimizer": "adamw_8bit",
+}  # fmt: skip
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def cells(output: str) -> list[list[str]]:
+    """The rows of both tables."""
+    return [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in output.splitlines()
+        if line.startswith("│")
+    ]
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "llama"
+    LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_key_value_heads=8,
+        num_attention_heads=8, max_position_embeddings=2048,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def write(tmp_path: Path, model_dir: Path) -> Any:
+    """Writes a YAML of these settings, about `model_dir` unless they say otherwise."""
+
+    def one(**settings: Any) -> str:
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump({"base_model": str(model_dir)} | LORA | settings), "utf-8")
+        return str(file)
+
+    return one
+
+
+def test_a_geometry_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    result = invoke("llama-3.2-1b", "--tokens", "1000", "--rank", "16", "--json", str(file))
+    assert result.exit_code == 0, result.output
+    assert "llama-3.2-1b (16 layers, 1.24 billion parameters), NF4, LoRA r=16, 2 × 1,000 tokens, " \
+        "8-bit AdamW" in " ".join(result.output.split())  # fmt: skip
+    assert "A prediction, not a measurement." in result.output
+    rows = cells(result.output)
+    names = ["off", "selective", "offload", "trainer's checkpointing", "≈ stock, checkpointing"]
+    bodies = [row for row in rows if row[0] in names]
+    assert [row[0] for row in bodies] == names * 2
+    content = json.loads(file.read_text("utf-8"))
+    assert (content["model"], content["layers"], content["tokens"]) == ("llama-3.2-1b", 16, 1000)
+    assert [one["mode"] for one in content["modes"]] == list(ALL_MODES)
+    for one, row in zip(content["modes"], bodies[:5], strict=True):
+        assert list(one["parts"]) == list(PARTS)
+        assert sum(one["parts"].values()) == one["peak_bytes"]
+        assert row[1:8] == [f"{x / 1e9:.2f}" for x in (one["peak_bytes"], *one["parts"].values())]
+    assert content["modes"][0]["relative_time"] == 1
+    assert content["modes"][-1]["relative_time"] is None
+    for mode, row in zip(ALL_MODES, bodies[5:], strict=True):
+        longest = content["longest_tokens"][mode]
+        assert list(longest) == [str(card) for card in CARDS]
+        assert [cell.removeprefix("✓ ") for cell in row[1:]] == [f"{n:,}" for n in longest.values()]
+        assert all(cell.startswith("✓ ") == (n >= 1000) for cell, n in
+                   zip(row[1:], longest.values(), strict=True))  # fmt: skip
+
+
+def test_a_yaml_and_what_comes_before_it(write: Any, model_dir: Path) -> None:
+    plain = invoke(write())
+    assert plain.exit_code == 0, plain.output
+    said = " ".join(plain.output.split())
+    assert "(3 layers, " in said
+    assert "NF4, LoRA r=8, 3 × 512 tokens, 8-bit AdamW" in said
+    changed = invoke(
+        write(gradient_accumulation_steps=4), "--tokens", "640", "--batch", "1", "--rank", "4",
+        "--quant", "none", "--targets", "q_proj, v_proj", "--optimizer", "adamw", "--layers", "2",
+        "--documents", "2", "--host", "64",
+    )  # fmt: skip
+    assert changed.exit_code == 0, changed.output
+    said = " ".join(changed.output.split())
+    assert "(2 layers, " in said
+    assert "bf16, LoRA r=4 on q_proj,v_proj, 1 × 640 tokens, 2 documents a row, AdamW, " in said
+    assert "gradients accumulated" in said
+    assert "offload: with 64 GB of the host's memory to pin" in said
+    assert "the model was made for 2,048 positions" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"),
+    [
+        ({}, {"tokens": 512, "batch": 3, "rank": 8, "quant": "nf4", "targets": "all-linear"}),
+        ({"load_in_4bit": False, "adapter": "lora"}, {"quant": "none"}),
+        ({"bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}}, {"double_quant": False}),
+        ({"optimizer": "adamw_torch_fused"}, {"optimizer": "adamw"}),
+        ({"optimizer": None, "sequence_len": None, "micro_batch_size": None, "lora_r": None},
+         {"optimizer": "adamw", "tokens": 512, "batch": 1, "rank": 8}),
+        ({"peft_autocast_adapter_dtype": False}, {"adapter_bytes": 2}),
+        ({"lora_target_linear": False, "lora_target_modules": ["q_proj", "o_proj"]},
+         {"targets": ("q_proj", "o_proj")}),
+        ({"lora_target_linear": False, "lora_target_modules": r".*\.mlp\..*"},
+         {"targets": r".*\.mlp\..*"}),
+        ({"gradient_accumulation_steps": 2}, {"accumulates": True}),
+    ],
+)  # fmt: skip
+def test_what_a_yaml_says(write: Any, settings: dict[str, Any], fields: dict[str, Any]) -> None:
+    workload, _ = read_target(write(**settings), {})
+    assert {name: getattr(workload, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"torch_compile": True}, "only the last row holds: `torch_compile` compiles"),
+        ({"deepspeed": "zero2.json"}, "sharding needs less"),
+        ({"optimizer": "paged_adamw_8bit"}, "the paged optimiser's states are counted on the GPU"),
+        ({"sample_packing": True}, "packed rows are counted as one document"),
+    ],
+)
+def test_what_else_is_to_be_said(write: Any, settings: dict[str, Any], note: str) -> None:
+    _, notes = read_target(write(**settings), {})
+    assert any(note in one for one in notes)
+
+
+def test_long_rows_of_a_window_are_said_to_be_rough() -> None:
+    assert not read_target("gemma-2-9b", {"layers": 2, "tokens": 4095})[1]
+    assert "grows with the square" in read_target("gemma-2-9b", {"layers": 2, "tokens": 4096})[1][0]
+
+
+def test_a_models_folder(model_dir: Path) -> None:
+    result = invoke(str(model_dir))
+    assert result.exit_code == 0, result.output
+    assert "LoRA r=32, 2 × 4,096 tokens" in " ".join(result.output.split())
+
+
+def test_a_quantised_checkpoint_says_how(model_dir: Path) -> None:
+    file = model_dir / "config.json"
+    config = json.loads(file.read_text("utf-8"))
+    own = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    file.write_text(json.dumps(config | {"quantization_config": own}), "utf-8")
+    workload, _ = read_target(str(model_dir), {})
+    assert (workload.quant, workload.double_quant) == ("nf4", False)
+    file.write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}), "utf-8"
+    )
+    result = invoke(str(model_dir))
+    assert result.exit_code == 1 and "are quantised with gptq, which is not" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adapter": None}, "`adapter: None` is not predicted; `lorafuse plan` is for"),
+        ({"load_in_8bit": True, "load_in_4bit": False}, "`load_in_8bit` is not predicted, for"),
+        ({"peft_use_dora": True}, "`peft_use_dora` is not predicted, for DoRA is trained as stock"),
+        ({"lora_modules_to_save": ["lm_head"]}, "`lora_modules_to_save` is not predicted"),
+        ({"bf16": False}, "trains in fp32, which is not predicted; write `bf16: true`"),
+        ({"sequence_len": "long"}, "`sequence_len: long` is not supported; give a whole number"),
+        ({"lora_r": 0}, "`lora_r: 0` is not supported; give a whole number from 1 on"),
+        ({"optimizer": "muon"}, "`optimizer: muon` is not predicted; use one of adamw_8bit"),
+        ({"fused_lora_mpl": True}, "did you mean `fused_lora_mlp`"),
+        ({"base_model": "org/not-cached"}, "neither a folder here nor a model in the local"),
+        ({"base_model": None}, "has no `base_model`"),
+    ],
+)
+def test_settings_that_are_refused(write: Any, settings: dict[str, Any], message: str) -> None:
+    result = invoke(write(**settings))
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lama-3.1-8b"], "did you mean `llama-3.1-8b`? the geometries are llama-3.1-8b, "),
+        (["no/such/file.yaml"], "is neither a YAML file, nor a geometry, nor a folder"),
+        (["tiny", "--tokens", "1"], "--tokens 1: give 2 or more"),
+        (["tiny", "--batch", "0"], "--batch 0: give 1 or more"),
+        (["tiny", "--quant", "int4"], "--quant int4 is not supported; use nf4 or none"),
+        (["tiny", "--optimizer", "sgd"], "--optimizer sgd is not supported; use adamw_8bit or"),
+        (["tiny", "--layers", "9"], "--layers 9: the model has 2; give 1 to 2"),
+        (["tiny", "--targets", " , "], "names nothing; give names, as in q_proj,v_proj"),
+        (["tiny", "--targets", "query"], "--targets query names no linear layer of tiny"),
+        (["tiny", "--targets", "(a|"], "nor a regular expression: missing ), unterminated"),
+        (["tiny", "--host", "0"], "--host 0: give the GB that offload may pin"),
+        (["tiny", "--json", "no/such/plan.json"], "--json no/such/plan.json: there is no folder"),
+    ],
+)
+def test_arguments_that_are_refused(arguments: list[str], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ") and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPT2Config(), "GPT2Block, which is not fused as a whole"),
+        (MixtralConfig(num_hidden_layers=2), "MixtralDecoderLayer, which is not fused as a whole"),
+    ],
+    ids=["gpt2", "mixtral"],
+)
+def test_models_that_are_not_predicted(tmp_path: Path, config: Any, message: str) -> None:
+    config.save_pretrained(tmp_path / "model")
+    result = invoke(str(tmp_path / "model"))
+    assert result.exit_code == 1 and message in result.stderr
+    assert "`lorafuse doctor` says what is fused" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("q_proj, v_proj", ("q_proj", "v_proj")),
+        ("all-linear", "all-linear"),
+        (r".*\.mlp\..*", r".*\.mlp\..*"),
+    ],
+)
+def test_targets_are_names_or_an_expression(text: str, targets: Any) -> None:
+    assert read_targets(text) == targets
+
+
+def test_help_names_what_it_takes() -> None:
+    code = "from lorafuse.plugin.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "plan", "--help"], capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    for word in ("CONFIG.yaml|NAME|MODEL_DIR", "--tokens", "--rank", "--targets", "--json"):
+        assert word in result.stdout

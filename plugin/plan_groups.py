@@ -1,0 +1,210 @@
+"""What is trained with what: a `Workload`, and how its projections are grouped and folded.
+
+The widths are those of `kernels.lora_linear.Group`, whose rule for folding is asked and not copied.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lorafuse.kernels.lora_linear import fold_alignment, folding_pays
+from lorafuse.plugin.errors import FuseConfigError
+from lorafuse.plugin.plan_model import LayerShape, Linear, ModelShape
+
+BF16 = 2  # bytes
+FP32 = 4
+ALL_LINEAR = "all-linear"
+QUANTS = ("nf4", "none")
+OPTIMIZERS = ("adamw_8bit", "adamw")
+# Columns that the r-wide part of a folded GEMM is padded to on a GPU.
+GPU_FOLD_ALIGNMENT = fold_alignment(torch.device("cuda"))
+
+Targets = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training step: a model, its adapters and a micro-batch.
+
+    Attributes:
+        model: Shapes of the model.
+        tokens: Of each row, padding and packed documents included.
+        batch: Rows of a micro-batch.
+        documents: Packed into each row, of equal length.
+        rank: Of LoRA.
+        quant: `nf4` (blocks of 64) or `none` (bf16).
+        double_quant: The blocks' scales are quantised too.
+        targets: What carries an adapter, as PEFT reads `target_modules`: names, `all-linear`, or a
+            regular expression.
+        optimizer: `adamw_8bit` (bitsandbytes) or `adamw` (fp32 states).
+        adapter_bytes: Of one element of A or B: 4 (PEFT keeps masters in fp32), 2 without.
+        accumulates: Gradients of an earlier micro-batch are there when a step begins.
+        fold_alignment: Columns that r-wide parts are padded to; a GPU's by default.
+
+    Raises:
+        FuseConfigError: A value that is not supported, or targets that no layer has.
+    """
+
+    model: ModelShape
+    tokens: int
+    batch: int = 1
+    documents: int = 1
+    rank: int = 32
+    quant: Literal["nf4", "none"] = "nf4"
+    double_quant: bool = True
+    targets: Targets = ALL_LINEAR
+    optimizer: Literal["adamw_8bit", "adamw"] = "adamw_8bit"
+    adapter_bytes: int = FP32
+    accumulates: bool = False
+    fold_alignment: int = GPU_FOLD_ALIGNMENT
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 2), ("batch", 1), ("documents", 1), ("rank", 1)):
+            if getattr(self, name) < least:
+                raise FuseConfigError(f"--{name} {getattr(self, name)}: give {least} or more")
+        for name, known in (("quant", QUANTS), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise FuseConfigError(
+                    f"--{name} {getattr(self, name)} is not supported; use {' or '.join(known)}"
+                )
+        if self.tokens < 2 * self.documents:
+            raise FuseConfigError(
+                f"--documents {self.documents} leaves less than 2 of {self.tokens} tokens each and "
+                "nothing to predict; give fewer"
+            )
+        if isinstance(self.targets, str):
+            try:
+                re.compile(self.targets)
+            except re.error as error:
+                raise FuseConfigError(
+                    f"--targets {self.targets} is neither names with commas between nor a regular "
+                    f"expression: {error}"
+                ) from error
+        adapted = [linear for linear in self.model.linears if is_target(linear, self.targets)]
+        if not adapted:
+            names = sorted({linear.name.rpartition(".")[2] for linear in self.model.linears})
+            raise FuseConfigError(
+                f"--targets {shown(self.targets)} names no linear layer of {self.model.name}; its "
+                f"decoder layers have {', '.join(names)}; or use {ALL_LINEAR}"
+            )
+
+    @property
+    def rows(self) -> int:
+        """T: tokens of the micro-batch."""
+        return self.batch * self.tokens
+
+    @property
+    def labelled(self) -> int:
+        """Rows that go through the head: the last token of each row has none to predict."""
+        return self.batch * (self.tokens - 1)
+
+    @property
+    def adapter_elements(self) -> int:
+        """Of all A and B."""
+        return sum(
+            self.rank * (linear.in_features + linear.out_features)
+            for linear in self.model.linears
+            if is_target(linear, self.targets)
+        )
+
+    def group(self, linears: tuple[Linear, ...]) -> "GroupShape":
+        return GroupShape(
+            K=linears[0].in_features,
+            N=sum(linear.out_features for linear in linears),
+            ranks=tuple(self.rank * is_target(linear, self.targets) for linear in linears),
+            outs=tuple(linear.out_features for linear in linears),
+            bias=any(linear.bias for linear in linears),
+            quantised=self.quant == "nf4",
+            align=self.fold_alignment,
+        )
+
+    def groups(self, layer: LayerShape) -> "LayerGroups":
+        return LayerGroups(
+            self.group(layer.qkv),
+            self.group((layer.o,)),
+            self.group(layer.gate_up),
+            self.group((layer.down,)),
+        )
+
+
+def is_target(linear: Linear, targets: Targets) -> bool:
+    """Whether PEFT adapts the layer: by its name's end, or all of it matches the expression."""
+    if targets == ALL_LINEAR:
+        return True
+    if isinstance(targets, str):
+        return re.fullmatch(targets, linear.name) is not None
+    return any(linear.name == one or linear.name.endswith(f".{one}") for one in targets)
+
+
+def shown(targets: Targets) -> str:
+    return targets if isinstance(targets, str) else ",".join(targets)
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """Projections of one input: Y [T, N] = X [T, K] W^T + LoRA, as `kernels.lora_linear.Group`.
+
+    Attributes:
+        ranks, outs: of each projection; rank 0: no adapter.
+        quantised: W is written in bf16 afresh in each pass.
+        align: see `Workload.fold_alignment`.
+    """
+
+    K: int
+    N: int
+    ranks: tuple[int, ...]
+    outs: tuple[int, ...]
+    bias: bool
+    quantised: bool
+    align: int
+
+    @property
+    def rank(self) -> int:
+        return sum(self.ranks)
+
+    @property
+    def fold_forward(self) -> int:
+        return -(-(self.rank + self.bias) // self.align) * self.align
+
+    @property
+    def fold_backward(self) -> int:
+        return -(-self.rank // self.align) * self.align
+
+    def folds_forward(self, T: int, copies_input: bool) -> bool:
+        return self.fold_forward > 0 and folding_pays(
+            T, self.K, self.N, copies_input=copies_input, copies_weight=not self.quantised
+        )
+
+    def folds_backward(self, T: int, copies_input: bool) -> bool:
+        return self.fold_backward > 0 and folding_pays(
+            T, self.N, self.K, copies_input=copies_input, copies_weight=not self.quantised
+        )
+
+    def forward_weight_bytes(self, folds: bool) -> int:
+        """The buffer that the forward GEMM reads W from: [N, K + F], one W_i [N_i, K], or none."""
+        if folds:
+            return BF16 * self.N * (self.K + self.fold_forward)
+        plain = BF16 * max(self.outs) * self.K if self.quantised else 0
+        return plain + BF16 * self.N * self.fold_forward  # and sB [N, F]
+
+    def backward_weight_bytes(self, folds: bool) -> int:
+        """The same of dX's GEMM: [N + F, K], one W_i, or none."""
+        if folds:
+            return BF16 * self.K * (self.N + self.fold_backward)
+        return BF16 * max(self.outs) * self.K if self.quantised else 0
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """The four groups of a decoder layer."""
+
+    qkv: GroupShape
+    o: GroupShape
+    gate_up: GroupShape
+    down: GroupShape
+
+    def __iter__(self) -> Iterator[GroupShape]:
+        return iter((self.qkv, self.o, self.gate_up, self.down))

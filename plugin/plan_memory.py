@@ -1,0 +1,499 @@
+"""The memory of a training step, allocation by allocation: what is held, and when it is let go.
+
+A `Step` goes through one step as the fused layers do, forward and backward, and keeps a `Ledger` of
+what is allocated; its highest sum is the prediction. Letters as in the kernels: T tokens of the
+micro-batch, H hidden, I intermediate, N outputs of a group, F columns of its folded LoRA; bf16
+unless said otherwise.
+
+What stays from forward to backward, a layer, in bytes a token (`off`):
+
+    h, o, h2                  2 H, 2 Hq D, 2 H     layer input, attention output, second residual
+    q, k, v                   2 N                  views of one buffer
+    gate, up                  2 (2I + F)           with room for the gradient's folded part
+    log-sum-exp, rstd         4 Hq, 2 * 4
+    xA of the four groups     2 F each
+
+`selective` keeps of these h, o, the log-sum-exp and the r-wide ones; q/k/v, h2 and gate/up are
+computed again in backward, MLP first. `offload` keeps the same, h and o on the host, those of two
+layers on the GPU: the one in use, and the one on its way. `checkpointing` is the trainer's own:
+only h; backward runs a layer's forward again and then has all of `off` for that layer.
+
+Norms on heads (Qwen3) keep q and k before and after; norms behind the blocks (Gemma 2) keep the
+blocks' outputs, `selective` only the MLP's: down is never computed twice.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from lorafuse.kernels.linear_cross_entropy import chunk_rows
+from lorafuse.plugin.plan_groups import BF16, FP32, GroupShape, LayerGroups, Workload
+from lorafuse.plugin.plan_model import LayerShape
+
+# What the prediction is split into, in the order of the table.
+WEIGHTS, ADAPTERS, OPTIMIZER = "weights", "adapters", "optimizer"
+KEPT, BUFFERS, LOSS = "kept activations", "working buffers", "loss"
+PARTS = (WEIGHTS, ADAPTERS, OPTIMIZER, KEPT, BUFFERS, LOSS)
+MODES = ("off", "selective", "offload", "checkpointing")
+STOCK = "stock"
+
+# Logits at a time: `kernels.linear_cross_entropy`'s on a GPU.
+_LOGIT_BYTES = 512 * 2**20
+# cuBLAS keeps one workspace for each thread that calls it (forward, autograd's own): 32 MiB on
+# Hopper, 8 MiB elsewhere.
+_CUBLAS_BYTES = 2 * 32 * 2**20
+# bitsandbytes' blocks.
+_NF4_BLOCK, _NF4_BLOCK_2, _ADAM_BLOCK = 64, 256, 256
+_ADAM_8BIT_LEAST = 4096  # elements of a tensor; smaller ones have fp32 states
+_INT64 = 8
+# Rows that the loss's gradient is scaled at a time, in fp32.
+_SCALED_ROWS = 8192
+
+# What forward may leave of a layer, and what each mode lets it leave.
+_OF_ATTENTION = ("qkv", "head rstd", "turned", "repeated", "bias", "a", "a rstd")
+_LOW_RANK = ("xA", "oA", "gA", "mA", "rstd", "lse")
+_OF_LAYER = ("h", *_OF_ATTENTION, *_LOW_RANK, "o", "h2", "gu", "d", "d rstd")
+_ON_HOST = ("h", "o", "d")
+_SELECTIVE = (*_ON_HOST, *_LOW_RANK, "d rstd")
+_LASTING = {
+    "off": _OF_LAYER,
+    "selective": _SELECTIVE,
+    "offload": _SELECTIVE,
+    "checkpointing": ("h",),
+}
+
+
+class Ledger:
+    """What is allocated now, by name, and what was when it was most."""
+
+    def __init__(self) -> None:
+        self.live: dict[str, tuple[str, int]] = {}
+        self.sums: dict[str, int] = dict.fromkeys(PARTS, 0)
+        self.total = self.peak = 0
+        self.peak_sums = dict(self.sums)
+        self.moment = self.peak_moment = "before the step"
+
+    def hold(self, name: str, size: int, part: str = BUFFERS) -> None:
+        """Allocates. A name that is held already grows."""
+        self.live[name] = part, size + self.live.get(name, (part, 0))[1]
+        self.sums[part] += size
+        self.total += size
+        if self.total > self.peak:
+            self.peak, self.peak_sums = self.total, dict(self.sums)
+            self.peak_moment = self.moment
+
+    def drop(self, *names: str) -> None:
+        """Frees; a name that is not held is let pass."""
+        for name in names:
+            part, size = self.live.pop(name, (BUFFERS, 0))
+            self.sums[part] -= size
+            self.total -= size
+
+    def brief(self, *sizes: int) -> None:
+        """Allocates them all and frees them again."""
+        size = sum(sizes)
+        self.hold("brief", size)
+        self.drop("brief")
+
+
+@dataclass
+class Memory:
+    """What a step needs.
+
+    Attributes:
+        peak_bytes: The most that is allocated at once.
+        parts: Of the peak: bytes by `PARTS`.
+        moment: When that is.
+        host_bytes: Pinned memory on the host.
+        kept: Bytes that the forward pass leaves for backward, by tensor.
+    """
+
+    peak_bytes: int
+    parts: dict[str, int]
+    moment: str
+    host_bytes: int
+    kept: dict[str, int] = field(default_factory=dict)
+
+
+def weight_bytes(workload: Workload) -> int:
+    """Frozen weights: the decoder layers' linears as quantised, all other parameters in bf16.
+
+    NF4: half a byte an element; for each block of 64 one byte, and for 256 of those 4 bytes (not
+    double quantised: 4 bytes for each block). bitsandbytes keeps a copy of the codes a weight.
+    """
+    model = workload.model
+    others = model.parameters - sum(linear.elements for linear in model.linears)
+    if workload.quant == "none":
+        return BF16 * model.parameters
+    total = BF16 * others
+    for linear in model.linears:
+        blocks = -(-linear.elements // _NF4_BLOCK)
+        total += -(-linear.elements // 2) + 16 * FP32
+        if workload.double_quant:
+            # and the scales' own code of 256 words, and their offset
+            total += blocks + FP32 * -(-blocks // _NF4_BLOCK_2) + (256 + 1) * FP32
+        else:
+            total += FP32 * blocks
+    return total
+
+
+def adapter_bytes(workload: Workload) -> int:
+    """A [r, K] and B [N, r] of all adapted layers, without gradients."""
+    return workload.adapter_bytes * workload.adapter_elements
+
+
+def optimizer_bytes(workload: Workload) -> int:
+    """Two states an element: fp32, or 8 bits with an fp32 scale for each block of 256."""
+    if workload.optimizer == "adamw":
+        # torch's states have the parameters' dtype.
+        return 2 * adapter_bytes(workload)
+    total = 0
+    for _, size in adapter_tensors(workload):
+        if size < _ADAM_8BIT_LEAST:
+            total += 2 * FP32 * size
+        else:
+            total += 2 * (size + FP32 * -(-size // _ADAM_BLOCK))
+    return total
+
+
+def adapter_tensors(workload: Workload) -> list[tuple[str, int]]:
+    """(qualified name of the layer and A or B, elements) of each adapter tensor."""
+    found = []
+    for layer in workload.model.layers:
+        groups = workload.groups(layer)
+        by_group = zip(groups, (layer.qkv, (layer.o,), layer.gate_up, (layer.down,)), strict=True)
+        for group, linears in by_group:
+            for linear, rank in zip(linears, group.ranks, strict=True):
+                if rank:
+                    found.append((f"{linear.name}.A", rank * linear.in_features))
+                    found.append((f"{linear.name}.B", rank * linear.out_features))
+    return found
+
+
+class Step:
+    """One training step in one of `MODES`."""
+
+    def __init__(self, workload: Workload, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        self.workload, self.mode = workload, mode
+        self.T = workload.rows
+        self.ledger = Ledger()
+        self.host_bytes = 0
+        self.kept: dict[str, int] = {}
+        self.lasting = _LASTING[mode]
+        self.layers = [(layer, workload.groups(layer)) for layer in workload.model.layers]
+
+    def run(self) -> Memory:
+        """Goes through the step."""
+        ledger, workload = self.ledger, self.workload
+        ledger.hold("weights", weight_bytes(workload), WEIGHTS)
+        ledger.hold("adapters", adapter_bytes(workload), ADAPTERS)
+        ledger.hold("states", optimizer_bytes(workload), OPTIMIZER)
+        ledger.hold("cuBLAS workspaces", _CUBLAS_BYTES)
+        if workload.accumulates:
+            for i, (_, groups) in enumerate(self.layers):
+                self.gradients(i, groups, "attention", first=True)
+                self.gradients(i, groups, "mlp", first=True)
+        # Tokens and labels, the shifted labels, positions; cos and sin; a mask of the documents.
+        ledger.hold("batch", 6 * _INT64 * self.T)
+        head_size = self.layers[0][0].head_size
+        ledger.hold("rotary tables", 2 * BF16 * workload.tokens * head_size)
+        if workload.documents > 1:
+            ledger.hold("attention mask", workload.batch * workload.tokens**2)
+        hidden = workload.model.hidden
+        ledger.hold("h 0", BF16 * self.T * hidden, KEPT)
+        for i, (layer, groups) in enumerate(self.layers):
+            ledger.moment = f"forward of layer {i + 1}"
+            self.forward(i, layer, groups, recorded=self.mode == "off")
+            self.keep(i)
+        ledger.moment = "head and loss"
+        self.head()
+        for i in reversed(range(len(self.layers))):
+            layer, groups = self.layers[i]
+            self.backward(i, layer, groups)
+        ledger.moment = "optimiser step"
+        ledger.brief(0)
+        return Memory(ledger.peak, ledger.peak_sums, ledger.peak_moment, self.host_bytes, self.kept)
+
+    # --- forward -------------------------------------------------------------------------------
+
+    def hold(self, name: str, i: int, size: int) -> None:
+        """A tensor that backward reads: kept from forward on, or made for this layer alone."""
+        self.ledger.hold(f"{name} {i}", size, KEPT if name in self.lasting else BUFFERS)
+
+    def forward(
+        self, i: int, layer: LayerShape, groups: LayerGroups, recorded: bool = True
+    ) -> None:
+        """A layer's forward pass: from `h i` to `h i+1`, with all that `off` keeps.
+
+        Where autograd does not record it, what attention leaves goes when attention returns.
+        """
+        self.qkv(i, layer, groups.qkv)
+        self.attention(i, layer)
+        self.o(i, layer, groups.o)
+        if not recorded:
+            self.ledger.drop(*(f"{name} {i}" for name in _OF_ATTENTION))
+        self.gate_up(i, groups.gate_up)
+        self.down(i, layer, groups)
+
+    def qkv(self, i: int, layer: LayerShape, group: GroupShape) -> None:
+        T, ledger = self.T, self.ledger
+        self._project(i, group, "qkv", T * group.N, "xA", normed=True)
+        self.hold("rstd", i, FP32 * T)
+        if layer.head_norms:
+            heads = layer.query_heads + layer.key_value_heads
+            size = BF16 * T * heads * layer.head_size
+            # normed, then turned, each in a buffer of its own
+            ledger.hold("normed", size)
+            self.hold("head rstd", i, FP32 * T * heads)
+            self.hold("turned", i, size)
+            ledger.drop("normed")
+
+    def attention(self, i: int, layer: LayerShape) -> None:
+        T, heads = self.T, layer.query_heads
+        if self.dense_mask(layer):
+            # With a mask k and v are repeated for each query head, and the bias is kept in bf16.
+            self.hold("repeated", i, 2 * BF16 * T * heads * layer.head_size)
+            self.hold("bias", i, BF16 * T * self.workload.tokens)
+        self.hold("o", i, BF16 * T * heads * layer.head_size)
+        self.hold("lse", i, FP32 * T * heads)
+
+    def dense_mask(self, layer: LayerShape) -> bool:
+        """Whether a sliding window goes to torch's attention as a dense mask."""
+        return layer.window is not None and self.workload.tokens >= layer.window
+
+    def o(self, i: int, layer: LayerShape, group: GroupShape) -> None:
+        out = "a" if layer.post_norms else "h2"
+        self._project(i, group, out, self.T * group.N, "oA", normed=False)
+        if layer.post_norms:
+            self._post_norm(i, "a", group.N)
+
+    def gate_up(self, i: int, group: GroupShape) -> None:
+        T = self.T
+        room = group.fold_backward if group.folds_backward(T, copies_input=False) else 0
+        self._project(i, group, "gu", T * (group.N + room), "gA", normed=True)
+        self.hold("rstd", i, FP32 * T)
+
+    def down(self, i: int, layer: LayerShape, groups: LayerGroups) -> None:
+        T, ledger, group = self.T, self.ledger, groups.down
+        folds = group.folds_forward(T, copies_input=False)
+        ledger.hold("m", BF16 * T * (group.K + (group.fold_forward if folds else 0)))
+        out = ("d", i) if layer.post_norms else ("h", i + 1)
+        self.hold(*out, BF16 * T * group.N)
+        self.hold("mA", i, BF16 * T * group.fold_forward)
+        ledger.brief(group.forward_weight_bytes(folds))
+        ledger.drop("m")
+        if layer.post_norms:
+            self._post_norm(i, "d", group.N)
+
+    def _project(
+        self, i: int, group: GroupShape, out: str, elements: int, low: str, *, normed: bool
+    ) -> None:
+        """One group's forward: the normed or copied input, W, the output, and XA."""
+        T, ledger = self.T, self.ledger
+        folds = group.folds_forward(T, copies_input=not normed)
+        if normed or folds:
+            width = group.K + (group.fold_forward if folds else 0)
+            ledger.hold("x", BF16 * T * width)
+        self.hold(out, i, BF16 * elements)
+        if group.fold_forward:
+            self.hold(low, i, BF16 * T * group.fold_forward)
+        ledger.brief(group.forward_weight_bytes(folds))
+        ledger.drop("x")
+
+    def _post_norm(self, i: int, block: str, features: int) -> None:
+        """h2 = h + norm(a), or the next h = h2 + norm(d); a and d are read by backward."""
+        size = BF16 * self.T * features
+        self.ledger.hold("normed", size)
+        self.hold(f"{block} rstd", i, FP32 * self.T)
+        self.hold(*(("h2", i) if block == "a" else ("h", i + 1)), size)
+        self.ledger.drop("normed")
+
+    # --- between -------------------------------------------------------------------------------
+
+    def keep(self, i: int) -> None:
+        """Lets go of what the mode does not keep of a layer."""
+        ledger = self.ledger
+        ledger.drop(*(f"{name} {i}" for name in _OF_LAYER if name not in self.lasting))
+        if self.mode == "offload":
+            self.host_bytes += sum(
+                ledger.live.get(f"{name} {i}", (KEPT, 0))[1] for name in _ON_HOST
+            )
+            # The copy of this layer runs while the next one is computed.
+            ledger.drop(*(f"{name} {i - 1}" for name in _ON_HOST))
+
+    def head(self) -> None:
+        """Final norm, head and loss, forward and backward."""
+        T, ledger, workload = self.T, self.ledger, self.workload
+        H, V, N = workload.model.hidden, workload.model.vocabulary, workload.labelled
+        last = len(self.layers)
+        ledger.hold("final rstd", FP32 * T, KEPT)
+        ledger.hold("final x", BF16 * T * H)
+        ledger.hold("dX", BF16 * N * H, LOSS)
+        ledger.hold("rows", _INT64 * N, LOSS)
+        chunk = min(chunk_rows(N, V, BF16, _LOGIT_BYTES), N)
+        ledger.hold("logits", BF16 * chunk * -(-V // 64) * 64, LOSS)
+        ledger.hold("row results", (2 * FP32 + _INT64) * N, LOSS)
+        ledger.hold("rows of x", BF16 * chunk * H if N != T else 0, LOSS)
+        ledger.drop("rows of x", "logits", "final x")
+        kept: defaultdict[str, int] = defaultdict(int)
+        for name, (part, size) in ledger.live.items():
+            if part == KEPT or name in ("dX", "rows"):
+                kept[name.rstrip("0123456789").rstrip()] += size
+        self.kept = dict(kept)
+        ledger.moment = "backward of the loss"
+        ledger.hold("scaled dX", BF16 * N * H, LOSS)
+        ledger.hold("scaled part", FP32 * min(N, _SCALED_ROWS) * H, LOSS)
+        ledger.drop("scaled part")
+        if N != T:
+            ledger.hold("d final x", BF16 * T * H)
+            ledger.drop("scaled dX")
+        ledger.drop("dX", "rows", "row results")
+        ledger.hold(f"dh {last}", BF16 * T * H)
+        ledger.drop("d final x", "scaled dX", "final rstd", f"h {last}")
+
+    # --- backward ------------------------------------------------------------------------------
+
+    def backward(self, i: int, layer: LayerShape, groups: LayerGroups) -> None:
+        """A layer's backward pass: from `dh i+1` to `dh i`."""
+        ledger, selective = self.ledger, self.mode in ("selective", "offload")
+        if self.mode == "checkpointing":
+            ledger.moment = f"second forward of layer {i + 1}"
+            self.forward(i, layer, groups)
+            ledger.drop(f"h {i + 1}")
+        if self.mode == "offload" and i > 0:
+            self._fetch(i - 1)
+        ledger.moment = f"backward of layer {i + 1}'s MLP"
+        if selective:
+            self.o(i, layer, groups.o)
+            self.gate_up(i, groups.gate_up)
+        self.mlp_backward(i, layer, groups)
+        ledger.moment = f"backward of layer {i + 1}'s attention"
+        self.o_backward(i, layer, groups.o)
+        if selective:
+            self.qkv(i, layer, groups.qkv)
+        self.attention_backward(i, layer)
+        self.qkv_backward(i, layer, groups.qkv)
+        self.gradients(i, groups, "attention")
+
+    def _fetch(self, i: int) -> None:
+        """Layer `i`'s h and o (and d) come back from the host."""
+        layer = self.layers[i][0]
+        for name, width in (("h", layer.hidden), ("o", layer.query_heads * layer.head_size)):
+            if f"{name} {i}" not in self.ledger.live:
+                self.ledger.hold(f"{name} {i}", BF16 * self.T * width, KEPT)
+        if layer.post_norms and f"d {i}" not in self.ledger.live:
+            self.ledger.hold(f"d {i}", BF16 * self.T * layer.hidden, KEPT)
+
+    def mlp_backward(self, i: int, layer: LayerShape, groups: LayerGroups) -> None:
+        T, ledger, H = self.T, self.ledger, layer.hidden
+        first, second = groups.gate_up, groups.down
+        if layer.post_norms:  # through the norm; what came goes around it
+            ledger.hold("dd", BF16 * T * H)
+            ledger.drop(f"d {i}", f"d rstd {i}")
+        folds = second.folds_backward(T, copies_input=True)
+        # G [T, F] lies in the copy of dy where folding pays.
+        ledger.hold("dy G", BF16 * T * (second.fold_backward + (second.N if folds else 0)))
+        ledger.hold("dm", BF16 * T * second.K)
+        ledger.brief(second.backward_weight_bytes(folds))
+        self.gradients(i, groups, "mlp")
+        ledger.drop("dy G", "dm")
+        folds = first.folds_backward(T, copies_input=False)
+        if not folds:
+            ledger.hold("G", BF16 * T * first.fold_backward)
+        ledger.hold("dx", BF16 * T * H)
+        ledger.brief(first.backward_weight_bytes(folds))
+        ledger.drop("G")
+        ledger.hold("dh2", BF16 * T * H)
+        ledger.drop("dx", "dd", f"gu {i}", f"gA {i}", f"mA {i}", f"h2 {i}", f"dh {i + 1}")
+
+    def o_backward(self, i: int, layer: LayerShape, group: GroupShape) -> None:
+        T, ledger = self.T, self.ledger
+        if layer.post_norms:
+            ledger.hold("da", BF16 * T * group.N)
+            ledger.drop(f"a {i}", f"a rstd {i}")
+        folds = group.folds_backward(T, copies_input=True)
+        ledger.hold("dy G", BF16 * T * (group.fold_backward + (group.N if folds else 0)))
+        ledger.hold("do", BF16 * T * group.K)
+        ledger.brief(group.backward_weight_bytes(folds))
+        ledger.drop("dy G", "da", f"oA {i}")
+
+    def attention_backward(self, i: int, layer: LayerShape) -> None:
+        """dq, dk and dv; the kernel sums dQ in fp32, and dK and dV of each query head apart."""
+        T, ledger, heads = self.T, self.ledger, layer.query_heads
+        width = heads * layer.head_size
+        ledger.hold("dqkv", BF16 * T * sum(one.out_features for one in layer.qkv))
+        repeated = 2 * BF16 * T * width if heads != layer.key_value_heads else 0
+        ledger.brief(FP32 * T * width, repeated, FP32 * T * heads)
+        ledger.drop("do", f"o {i}", f"lse {i}", f"turned {i}", f"repeated {i}", f"bias {i}")
+        if layer.head_norms:
+            size = BF16 * T * (heads + layer.key_value_heads) * layer.head_size
+            ledger.brief(size)  # turned back, then through the norms: one copy at a time
+            ledger.drop(f"head rstd {i}")
+        ledger.drop(f"qkv {i}")
+
+    def qkv_backward(self, i: int, layer: LayerShape, group: GroupShape) -> None:
+        T, ledger, H = self.T, self.ledger, layer.hidden
+        folds = group.folds_backward(T, copies_input=False)
+        ledger.hold("dy G", BF16 * T * (group.N + group.fold_backward))
+        ledger.hold("dx", BF16 * T * H)
+        ledger.brief(group.backward_weight_bytes(folds))
+        ledger.drop("dy G")
+        ledger.hold(f"dh {i}", BF16 * T * H)
+        ledger.drop("dx", "dqkv", "dh2", f"xA {i}", f"rstd {i}", f"h {i}")
+
+    def gradients(self, i: int, groups: LayerGroups, block: str, first: bool = False) -> None:
+        """Gradients of a block's adapters, where they are not there already.
+
+        Those of A in one group are views of the one product [F, K] that they come from.
+        """
+        if self.workload.accumulates and not first:
+            return
+        size = self.workload.adapter_bytes
+        chosen = (groups.qkv, groups.o) if block == "attention" else (groups.gate_up, groups.down)
+        total = 0
+        for group in chosen:
+            B = sum(rank * out for rank, out in zip(group.ranks, group.outs, strict=True))
+            # down's comes from a kernel of its own, or from a product of just R rows
+            rows = group.fold_backward if size == FP32 and group is not groups.down else group.rank
+            total += size * (B + rows * group.K)
+        self.ledger.hold(f"gradients {i} {block}", total, ADAPTERS)
+
+
+def stock_memory(workload: Workload) -> Memory:
+    """About what transformers and PEFT need without lorafuse, with gradient checkpointing.
+
+    Kept are the layers' inputs h, 2 H bytes a token. Two moments compete. At the loss: log-softmax
+    and two gradients of its size in fp32, 12 V bytes a token. In a layer's backward: its inputs
+    of norms in fp32 and their outputs 12 H, q/k/v and the attention's output 2 N + 2 Hq D, the
+    MLP's gate, its activation, up and their product 8 I, and in the MLP's backward as much again,
+    beside a weight in bf16 and 4 H of gradients. (Without checkpointing those 12 H + 2 N + 2 Hq D +
+    8 I of each layer agree with the growth from 512 to 2,048 tokens that was measured on an H100,
+    Llama-3.1-8B, 2026-11-25: 184 kB a token and layer.)
+    """
+    T, model = workload.rows, workload.model
+    own = adapter_bytes(workload)
+    h = BF16 * T * model.hidden
+    fixed = {
+        WEIGHTS: weight_bytes(workload),
+        ADAPTERS: own * (2 if workload.accumulates else 1),
+        OPTIMIZER: optimizer_bytes(workload),
+        KEPT: h * (len(model.layers) + 1),
+        BUFFERS: _CUBLAS_BYTES + h,
+        LOSS: 0,
+    }
+    in_layer = 0
+    for layer in model.layers:
+        groups, H, inner = workload.groups(layer), layer.hidden, layer.intermediate
+        state = (24 if layer.post_norms else 12) * H + 8 * inner + 2 * groups.qkv.N
+        state += layer.query_heads * (2 * layer.head_size + FP32)
+        weight = BF16 * H * inner if workload.quant == "nf4" else 0
+        in_layer = max(in_layer, T * (state + 8 * inner + 4 * H) + weight)
+    at_buffers = fixed[BUFFERS] + in_layer
+    moments = {
+        "head and loss": fixed | {LOSS: 12 * T * model.vocabulary},
+        f"backward of layer {len(model.layers)}": fixed | {BUFFERS: at_buffers},
+        "backward of layer 1": fixed | {BUFFERS: at_buffers, KEPT: h, ADAPTERS: 2 * own},
+    }
+    moment, parts = max(moments.items(), key=lambda one: sum(one[1].values()))
+    return Memory(sum(parts.values()), parts, moment, 0)

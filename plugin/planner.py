@@ -1,0 +1,224 @@
+"""`lorafuse plan`: peak memory and relative time of a training step, predicted without a GPU.
+
+`plan_memory` goes through the step allocation by allocation, `plan_time` counts FLOP and bytes;
+here each checkpointing mode is asked of both, and what fits on which card is searched for.
+GB = 1e9 bytes throughout.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lorafuse.plugin.plan_groups import Workload, shown
+from lorafuse.plugin.plan_memory import MODES, PARTS, STOCK, Memory, Step, stock_memory
+from lorafuse.plugin.plan_time import relative_times
+
+__all__ = [
+    "ALL_MODES",
+    "CARDS",
+    "MODES",
+    "PARTS",
+    "Plan",
+    "Prediction",
+    "Workload",
+    "kept_after_forward",
+    "longest_tokens",
+    "plan",
+    "predict",
+    "usable_bytes",
+]
+
+ALL_MODES = (*MODES, STOCK)
+CARDS = (16, 24, 48, 80, 141)  # GB
+# Not the allocator's: the CUDA context, loaded kernels of cuBLAS, cuDNN and Triton.
+CONTEXT_BYTES = 800_000_000
+# Of the rest, what fragments between tensors may take.
+FRAGMENTED = 0.03
+# Rows of a batch are searched in steps of so many tokens, up to so many.
+STEP_TOKENS = 64
+MOST_TOKENS = 2**22
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One mode's step.
+
+    Attributes:
+        mode: One of `ALL_MODES`.
+        peak_bytes: The most that torch's allocator has given out at once, as
+            `torch.cuda.max_memory_allocated` measures it.
+        parts: Bytes of the peak by `PARTS`.
+        moment: When the peak is.
+        host_bytes: Pinned memory on the host.
+        relative_time: Of a step, `off` being 1; None for stock, which is not modelled.
+    """
+
+    mode: str
+    peak_bytes: int
+    parts: dict[str, int]
+    moment: str
+    host_bytes: int
+    relative_time: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of a workload: all modes, and what fits.
+
+    Attributes:
+        workload: The step.
+        predictions: One for each of `ALL_MODES`, in that order.
+        longest: By mode and card (GB): tokens of a row that fit with this batch; 0: none do.
+        host_GB: The host's memory that `longest` respects, or None.
+        notes: What else is to be said, from reading the settings.
+    """
+
+    workload: Workload
+    predictions: tuple[Prediction, ...]
+    longest: dict[str, dict[int, int]]
+    host_GB: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: sizes in bytes, and everything that was assumed."""
+        workload = self.workload
+        settings = {
+            name: getattr(workload, name)
+            for name in (
+                "tokens", "batch", "documents", "rank", "quant", "double_quant", "optimizer",
+                "adapter_bytes", "accumulates",
+            )
+        }  # fmt: skip
+        return {
+            "model": workload.model.name,
+            "layers": len(workload.model.layers),
+            "parameters": workload.model.parameters,
+            "targets": shown(workload.targets),
+            **settings,
+            "modes": [asdict(one) for one in self.predictions],
+            "usable_bytes": {str(card): usable_bytes(card) for card in CARDS},
+            "longest_tokens": {
+                mode: {str(card): tokens for card, tokens in cards.items()}
+                for mode, cards in self.longest.items()
+            },
+            "host_GB": self.host_GB,
+            "notes": list(self.notes),
+        }
+
+
+def predict(workload: Workload, mode: str) -> Memory:
+    """Memory of one step.
+
+    Args:
+        workload: The step.
+        mode: One of `ALL_MODES`.
+
+    Raises:
+        ValueError: There is no such mode.
+    """
+    return stock_memory(workload) if mode == STOCK else Step(workload, mode).run()
+
+
+def kept_after_forward(workload: Workload, mode: str = "off") -> dict[str, int]:
+    """Bytes by tensor that wait for backward when the loss is known, all layers together."""
+    return Step(workload, mode).run().kept
+
+
+def usable_bytes(card_GB: float) -> int:
+    """What a step may allocate on a card of a nominal size.
+
+    The nominal size counts as 1e9 bytes a GB. Of it go 0.8 GB for the CUDA context and the loaded
+    kernels, and 3 % for fragments between tensors (with `expandable_segments:True`, as Axolotl
+    sets it).
+    """
+    return int((1 - FRAGMENTED) * (card_GB * GB - CONTEXT_BYTES))
+
+
+def longest_tokens(
+    workload: Workload, mode: str, limit_bytes: int, host_bytes: float = float("inf")
+) -> int:
+    """The most tokens of a row, a multiple of 64, whose step fits; 0 where 64 do not.
+
+    64 tokens more do not fit. (Memory falls a little where the logits first need a second chunk;
+    a longer row may fit there too.)
+
+    Args:
+        workload: All but its tokens count.
+        mode: One of `ALL_MODES`.
+        limit_bytes: Of the GPU.
+        host_bytes: Of the host, for what `offload` puts there.
+    """
+
+    def excess(steps: int) -> float:
+        memory = predict(replace(workload, tokens=steps * unit), mode)
+        return max(memory.peak_bytes - limit_bytes, memory.host_bytes - host_bytes)
+
+    unit = STEP_TOKENS * -(-2 * workload.documents // STEP_TOKENS)
+    return unit * _last_below_zero(excess, MOST_TOKENS // unit)
+
+
+def _last_below_zero(f: Callable[[int], float], most: int) -> int:
+    """The largest n up to `most` with f(n) <= 0, for a rising f that is almost straight; 0: none.
+
+    Straight lines through the bracket's ends find it in a few calls, halves of it guard against
+    bends.
+    """
+    low, f_low = 1, f(1)
+    if f_low > 0:
+        return 0
+    high, f_high = most, f(most)
+    if f_high <= 0:
+        return most
+    halve = False
+    while high - low > 1:
+        middle = (low + high) // 2
+        if not halve and f_high > f_low:
+            middle = low + int((high - low) * (-f_low / (f_high - f_low)))
+        middle = min(max(middle, low + 1), high - 1)
+        width, value = high - low, f(middle)
+        if value <= 0:
+            low, f_low = middle, value
+            if high - low > 1 and not halve:
+                beyond = f(low + 1)
+                if beyond > 0:
+                    return low
+                low, f_low = low + 1, beyond
+        else:
+            high, f_high = middle, value
+        halve = high - low > width // 2
+    return low
+
+
+def plan(
+    workload: Workload,
+    cards: Sequence[int] = CARDS,
+    host_GB: float | None = None,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """All modes of a workload, and the longest rows that fit on each card.
+
+    Args:
+        workload: The step.
+        cards: Nominal sizes, GB.
+        host_GB: Memory of the host that `offload` may pin; None: as much as it takes.
+        notes: Handed on.
+    """
+    times = relative_times(workload)
+    predictions = []
+    for mode in ALL_MODES:
+        memory = predict(workload, mode)
+        predictions.append(
+            Prediction(
+                mode, memory.peak_bytes, memory.parts, memory.moment, memory.host_bytes,
+                times.get(mode),
+            )
+        )  # fmt: skip
+    host_bytes = float("inf") if host_GB is None else host_GB * GB
+    longest = {
+        mode: {
+            card: longest_tokens(workload, mode, usable_bytes(card), host_bytes) for card in cards
+        }
+        for mode in ALL_MODES
+    }
+    return Plan(workload, tuple(predictions), longest, host_GB, tuple(notes))
