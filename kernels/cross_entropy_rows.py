@@ -41,13 +41,12 @@ from lorafuse.kernels.runtime import (
     use_triton,
 )
 
-# 32 warps of two 16-byte loads a thread: one row a multiprocessor at a time, as the L2 wants it.
-# Chosen from registers and bytes in flight; integration_tests/gpu/sweep_cross_entropy_rows.py times
-# the alternatives.
+# 32 warps of two 16-byte loads a thread: one row a multiprocessor at a time, as the L2 wants it. It
+# is the best of gpu/sweep_cross_entropy_rows.py: 0.509 ms for [2048, 128256], where one read and one
+# write take 0.35 (H100, 2026-11-25). Hints to the L2 about what to keep gain nothing.
 _BLOCK_V = 16384
 _WORDS = 16  # of a thread, at a time
-_STAGES = 3
-_KEEP = True
+_STAGES = 4
 _CACHED_WORDS = 2**16  # 256 kB of fp32: a chunk of rows and its temporaries stay in a CPU's cache
 
 __all__ = ["CrossEntropyOptions", "cross_entropy_rows_", "reference"]
@@ -177,13 +176,13 @@ def _transform(z, scale, cap, HAS_CAP: tl.constexpr):
 @triton.jit
 def _load_words(
     z_row, o, V, scale, cap,
-    HAS_CAP: tl.constexpr, MASKED: tl.constexpr, EVICTION: tl.constexpr,
+    HAS_CAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """t of the words `o`; -inf beyond V."""
     if MASKED:
-        z = tl.load(z_row + o, o < V, 0.0, eviction_policy=EVICTION).to(tl.float32)
+        z = tl.load(z_row + o, o < V, 0.0).to(tl.float32)
         return tl.where(o < V, _transform(z, scale, cap, HAS_CAP), float("-inf"))
-    z = tl.load(z_row + o, eviction_policy=EVICTION).to(tl.float32)
+    z = tl.load(z_row + o).to(tl.float32)
     return _transform(z, scale, cap, HAS_CAP)
 
 
@@ -219,7 +218,7 @@ def _add_words(
 def _store_gradient(
     z_row, b_t, o, start, b_entropy, lse, label, V, softmax_factor, label_factor, smooth, cap,
     HAS_CAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr, BLOCK_V: tl.constexpr,
-    LANES: tl.constexpr, EVICTION: tl.constexpr, MASKED: tl.constexpr,
+    LANES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile, over its logits; returns the entropy's sum with its words added."""
     b_log_p = b_t - lse
@@ -237,9 +236,9 @@ def _store_gradient(
         b_g *= 1.0 - b_u * b_u
     b_g = b_g.to(z_row.dtype.element_ty)
     if MASKED:
-        tl.store(z_row + o, b_g, o < V, eviction_policy=EVICTION)
+        tl.store(z_row + o, b_g, o < V)
     else:
-        tl.store(z_row + o, b_g, eviction_policy=EVICTION)
+        tl.store(z_row + o, b_g)
     return b_entropy
 
 
@@ -263,7 +262,6 @@ def _cross_entropy_rows_kernel(
     GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,  # tiles in flight
-    KEEP: tl.constexpr,  # ask the L2 to keep a row for its second pass
 ):
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * stride_z
@@ -271,8 +269,6 @@ def _cross_entropy_rows_kernel(
     o_v = tl.arange(0, BLOCK_V)
     tail = V // BLOCK_V * BLOCK_V  # all tiles before it are whole: no masks
     LANES: tl.constexpr = BLOCK_V // 8
-    FIRST: tl.constexpr = "evict_last" if KEEP else ""
-    SECOND: tl.constexpr = "evict_first" if KEEP else ""
 
     # The maximum is one number a row, so that a word costs one exponential; the sums stay one a
     # lane and are reduced once, at the end. A finite start keeps a block of -inf logits from giving
@@ -283,12 +279,12 @@ def _cross_entropy_rows_kernel(
     b_weighted = tl.zeros([LANES], tl.float32)
     b_total = tl.zeros([LANES], tl.float32)
     for start in tl.range(0, tail, BLOCK_V, num_stages=STAGES):
-        b_t = _load_words(z_row, start + o_v, V, scale, cap, HAS_CAP, False, FIRST)
+        b_t = _load_words(z_row, start + o_v, V, scale, cap, HAS_CAP, False)
         m, best_start, b_sum, b_weighted, b_total = _add_words(
             b_t, start, m, best_start, b_sum, b_weighted, b_total, start + o_v, V,
             GRADIENT, HAS_SMOOTHING, LANES, False,
         )  # fmt: skip
-    b_t = _load_words(z_row, tail + o_v, V, scale, cap, HAS_CAP, True, FIRST)
+    b_t = _load_words(z_row, tail + o_v, V, scale, cap, HAS_CAP, True)
     m, best_start, b_sum, b_weighted, b_total = _add_words(
         b_t, tail, m, best_start, b_sum, b_weighted, b_total, tail + o_v, V,
         GRADIENT, HAS_SMOOTHING, LANES, True,
@@ -305,7 +301,7 @@ def _cross_entropy_rows_kernel(
     # This reduction is also the barrier behind which no thread reads a logit before another one
     # overwrites it.
     o_best = best_start + o_v
-    b_t = _load_words(z_row, o_best, V, scale, cap, HAS_CAP, True, FIRST)
+    b_t = _load_words(z_row, o_best, V, scale, cap, HAS_CAP, True)
     prediction = tl.min(tl.where(b_t == m, o_best, V), axis=0)
     tl.store(prediction_ptr + row, prediction.to(tl.int64))
 
@@ -323,19 +319,19 @@ def _cross_entropy_rows_kernel(
         label_factor, smooth = (1.0 - smoothing) * scale, smoothing / V * scale
         # From the end, where the row was read last and is still in the cache.
         b_entropy = tl.zeros([LANES], tl.float32)
-        b_t = _load_words(z_row, tail + o_v, V, scale, cap, HAS_CAP, True, SECOND)
+        b_t = _load_words(z_row, tail + o_v, V, scale, cap, HAS_CAP, True)
         b_entropy = _store_gradient(
             z_row, b_t, tail + o_v, tail, b_entropy, lse, label, V,
             softmax_factor, label_factor, smooth, cap, HAS_CAP, HAS_SMOOTHING, BLOCK_V, LANES,
-            SECOND, True,
+            True,
         )  # fmt: skip
         for back in tl.range(BLOCK_V, tail + BLOCK_V, BLOCK_V, num_stages=STAGES):
             start = tail - back
-            b_t = _load_words(z_row, start + o_v, V, scale, cap, HAS_CAP, False, SECOND)
+            b_t = _load_words(z_row, start + o_v, V, scale, cap, HAS_CAP, False)
             b_entropy = _store_gradient(
                 z_row, b_t, start + o_v, start, b_entropy, lse, label, V,
                 softmax_factor, label_factor, smooth, cap, HAS_CAP, HAS_SMOOTHING, BLOCK_V, LANES,
-                SECOND, False,
+                False,
             )  # fmt: skip
         tl.store(entropy_ptr + row, tl.sum(b_entropy, axis=0))
     else:
@@ -375,7 +371,6 @@ def _triton_rows_(
             GRADIENT=gradient,
             BLOCK_V=block,
             STAGES=_STAGES,
-            KEEP=_KEEP,
             num_warps=max(1, min(32, block // (32 * _WORDS))),
         )
 

@@ -37,15 +37,15 @@ __all__ = ["GluAdapterGradients", "glu_bwd_adapters_", "reference"]
 
 # Above, the sums of a block of columns no longer fit into registers.
 MAX_RANK = 64
-# The best of a sweep over tiles, warps, stages and programs at [8192, 14336] and ranks of 32: 0.55
-# ms, where `glu_bwd_` takes 0.48 and the three products 0.26 (H100, 2026-11-25).
+# From a sweep over tiles, warps, stages and programs at [8192, 14336] and ranks of 32: 0.474 ms,
+# where reading and writing takes 0.39 (gpu/sweep_glu_adapters.py, H100, 2026-11-25).
+# Tiles of 32 x 128 reach 0.468, but have no registers left for ranks of 64.
 _BLOCK_T = 32
 _BLOCK_I = 64
 _WARPS = 4
-_STAGES = 3
+_STAGES = 2
 # Programs over all: several rounds for each of a GPU's 132 multiprocessors.
 _PROGRAMS = 1024
-_PIN = True  # see `_pinned`; the sweep above was before it
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ def _glu_bwd_adapters_kernel(
     WIDTH: tl.constexpr, RD: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr,
     PD: tl.constexpr, PG: tl.constexpr, PU: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, ACTIVATION: tl.constexpr,
-    INTERPRETED: tl.constexpr, PIN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_I columns over `tiles` tiles of BLOCK_T rows; P are the ranks R, padded for tl.dot.
 
@@ -163,7 +163,7 @@ def _glu_bwd_adapters_kernel(
         a = a.to(word).to(tl.float32)
         da = (dm * u).to(word).to(tl.float32)
         dgate, dup, m = (da * slope).to(word), (dm * a).to(word), (a * u).to(word)
-        if PIN and not INTERPRETED:
+        if not INTERPRETED:
             dgate, dup, m = _pinned(dgate), _pinned(dup), _pinned(m)
         tl.store(gates, dgate, mask)
         tl.store(ups, dup, mask)
@@ -236,7 +236,7 @@ def glu_bwd_adapters_(
             *(0 if f is None else f.stride(0) for f in factors),
             WIDTH=width, RD=RD, RG=RG, RU=RU, PD=PD, PG=PG, PU=PU,
             BLOCK_T=_BLOCK_T, BLOCK_I=_BLOCK_I, ACTIVATION=activation,
-            INTERPRETED=interpreting(), PIN=_PIN, num_warps=_WARPS, num_stages=_STAGES,
+            INTERPRETED=interpreting(), num_warps=_WARPS, num_stages=_STAGES,
         )  # fmt: skip
     sums = [None if p is None else p.sum(0)[:R] for p, R in zip(partial, (RD, RG, RU), strict=True)]
     dA, dB_gate, dB_up = sums

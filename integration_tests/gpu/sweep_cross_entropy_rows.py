@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lorafuse.kernels import cross_entropy_rows as current
 
-# (words a tile, words a thread at a time), stages, KEEP; the kernel has tile / 32 / words warps
+# (words a tile, words a thread at a time), stages; the kernel has tile / 32 / words warps
 TILES = (
     (4096, 16),
     (4096, 32),
@@ -35,15 +35,12 @@ TILES = (
     (16384, 32),
     (32768, 32),
 )
-SETTINGS = [
-    (*tile, stages, keep)
-    for tile, stages, keep in itertools.product(TILES, (1, 2, 3, 4), (False, True))
-]
-Setting = tuple[int, int, int, bool]
+SETTINGS = [(*tile, stages) for tile, stages in itertools.product(TILES, (1, 2, 3, 4))]
+Setting = tuple[int, int, int]
 
 
 def use(setting: Setting) -> None:
-    current._BLOCK_V, current._WORDS, current._STAGES, current._KEEP = setting
+    current._BLOCK_V, current._WORDS, current._STAGES = setting
 
 
 def run(module: ModuleType, z: Tensor, labels: Tensor, rows: Any = None) -> list[Tensor]:
@@ -119,7 +116,7 @@ def main() -> None:
     if options.against:
         print(f"{time_ms(load(options.against), z, labels):.3f} ms  {options.against}")
     results = []
-    default = current._BLOCK_V, current._WORDS, current._STAGES, current._KEEP
+    default = current._BLOCK_V, current._WORDS, current._STAGES
     for setting in SETTINGS:
         use(setting)
         try:
@@ -127,12 +124,12 @@ def main() -> None:
         except Exception as problem:
             print(setting, type(problem).__name__, str(problem)[:100])
     results.sort()
-    for place, (ms, (block, words, stages, keep), worst) in enumerate(results):
-        chosen = " <- present default" if default == (block, words, stages, keep) else ""
+    for place, (ms, (block, words, stages), worst) in enumerate(results):
+        chosen = " <- present default" if default == (block, words, stages) else ""
         if place < 16 or chosen or worst > 1e-2:
             print(
                 f"{ms:.3f} ms  tile {block:5d}, {block // words // 32:2d} warps, {stages} stages, "
-                f"keep {keep!s:5}  error {worst:.1e}{chosen}"
+                f"error {worst:.1e}{chosen}"
             )
 
 

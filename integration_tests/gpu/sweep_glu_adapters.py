@@ -34,15 +34,14 @@ TILES = (
     (32, 32, 2),
     (64, 128, 8),
 )
-COMPILED = [(*tile, stages, True) for tile, stages in itertools.product(TILES, (2, 3, 4))]
-COMPILED += [(*tile, 3, False) for tile in TILES[:2]]
+COMPILED = [(*tile, stages) for tile, stages in itertools.product(TILES, (2, 3, 4))]
 PROGRAMS = (448, 672, 896, 1120, 1792)
-Setting = tuple[int, int, int, int, bool]
+Setting = tuple[int, int, int, int]
 Inputs = tuple[Tensor, Tensor, list[Tensor]]
 
 
 def use(setting: Setting, programs: int = 1024) -> None:
-    current._BLOCK_T, current._BLOCK_I, current._WARPS, current._STAGES, current._PIN = setting
+    current._BLOCK_T, current._BLOCK_I, current._WARPS, current._STAGES = setting
     current._PROGRAMS = programs
 
 
@@ -133,15 +132,12 @@ def main() -> None:
         except Exception as problem:
             print(setting, type(problem).__name__, str(problem)[:100])
     results.sort()
-    for place, (ms, (tokens, columns, warps, stages, pin), programs, worst) in enumerate(results):
+    for place, (ms, (tokens, columns, warps, stages), programs, worst) in enumerate(results):
         if place < 20 or worst > 1e-2:
             print(
                 f"{ms:.3f} ms  tile {tokens} x {columns}, {warps} warps, {stages} stages, "
-                f"pin {pin!s:5} {programs} programs  error {worst:.1e}"
+                f"{programs} programs  error {worst:.1e}"
             )
-    for pin in (True, False):
-        best = min((r for r in results if r[1][4] is pin), default=None)
-        print("best with pin" if pin else "best without", best)
 
 
 if __name__ == "__main__":

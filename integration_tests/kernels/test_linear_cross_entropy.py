@@ -484,7 +484,8 @@ def test_extreme_rows_over_several_tiles(triton_runs, randn, device, monkeypatch
     labels = torch.tensor([129, 300, V - 1, 3, -100, 5], device=device)
     ours, expected = both_ways(z, labels, options, gradient)
     for mine, theirs in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mine[:4], theirs[:4], rtol=1e-5, atol=1e-5)
+        # Logits of 300 have a last bit of 3e-5.
+        torch.testing.assert_close(mine[:4], theirs[:4], rtol=1e-5, atol=6e-5)
     assert int(ours[2][1]) == 100
     assert ours[0][4] == 0 and ours[1][4] == 0
     assert ours[0][5].isnan()
