@@ -42,8 +42,8 @@ from lorafuse.kernels.runtime import (
 )
 
 # 32 warps of two 16-byte loads a thread: one row a multiprocessor at a time, as the L2 wants it. It
-# is the best of gpu/sweep_cross_entropy_rows.py: 0.509 ms for [2048, 128256], where one read and one
-# write take 0.35 (H100, 2026-11-25). Hints to the L2 about what to keep gain nothing.
+# is the best of gpu/sweep_cross_entropy_rows.py: 0.509 ms for [2048, 128256], where one read and
+# one write take 0.35 (H100, 2026-11-25). Hints to the L2 about what to keep gain nothing.
 _BLOCK_V = 16384
 _WORDS = 16  # of a thread, at a time
 _STAGES = 4

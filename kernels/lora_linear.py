@@ -199,6 +199,8 @@ class Group:
         self.rank = r
         self.has_lora = r > 0
         self.bias_column = r
+        self._keeps = False
+        self._kept: Tensor | None = None
         self.has_dropout = any(p.dropout > 0 and p.A is not None for p in self.projections)
         align = fold_alignment(self.device)
         self.fold_forward = -(-(r + self.has_bias) // align) * align  # width of [XA, 1, 0...]
@@ -273,6 +275,41 @@ class Group:
             dequantise(weight, out)
             return out
         return weight.to(self.dtype)
+
+    def keep_weights(self) -> None:
+        """From here on W is written once, for every product of this group; it stays until then."""
+        self._keeps = True
+
+    def forward_weight(self, like: Tensor) -> Tensor:
+        """[W, sB, b, 0] [N, K + fold_forward]; `like` is of the compute dtype."""
+        K = self.in_features
+        if self._keeps:
+            return self._kept_weights(like)[: self.out_features]
+        out = like.new_empty((self.out_features, K + self.fold_forward))
+        self.write_weights(out[:, :K])
+        self.write_sB(out[:, K:], bias=True)
+        return out
+
+    def backward_weight(self, like: Tensor) -> Tensor:
+        """[W; A; 0] [N + fold_backward, K]; `like` is of the compute dtype."""
+        N, K = self.out_features, self.in_features
+        if self._keeps:
+            return self._kept_weights(like)[:, :K]
+        out = like.new_empty((N + self.fold_backward, K))
+        self.write_weights(out[:N])
+        self.write_A(out[N:])
+        return out
+
+    def _kept_weights(self, like: Tensor) -> Tensor:
+        """[[W, sB, b], [A, -]]: both of the above are views of it."""
+        if self._kept is None:
+            N, K = self.out_features, self.in_features
+            out = like.new_empty((N + self.fold_backward, K + self.fold_forward))
+            self.write_weights(out[:N, :K])
+            self.write_sB(out[:N, K:], bias=True)
+            self.write_A(out[N:, :K])
+            self._kept = out
+        return self._kept
 
     def write_A(self, out: Tensor) -> Tensor:
         """[A_1; A_2; ...] into `out` [>= R, K]; rows past R are zeroed."""
@@ -361,8 +398,9 @@ def group_fwd(
     wide: Tensor | None,  # (T, K + fold_forward) holding x on its left, or None
     out: Tensor,  # (T, N), any row stride; compute dtype
     residual: Tensor | None = None,  # (T, N)
+    xA: Tensor | None = None,  # (T, fold_forward), as returned when Y was first computed
 ) -> tuple[Tensor, Tensor | None]:
-    """Writes Y (plus the residual) into `out`.
+    """Writes Y (plus the residual) into `out`. With `xA`, dropout is not drawn again.
 
     The residual is added to the rounded Y, not in the GEMM as its C operand: stock code rounds
     there, and a model with large activations amplifies the difference to one of 0.06 in the loss
@@ -379,8 +417,28 @@ def group_fwd(
         else:
             _plain_forward(group, x, out)
         return (out if residual is None else out.add_(residual)), None
-    target = x.new_empty((T, group.fold_forward)) if wide is None else wide[:, K:]
-    A = group.write_A(x.new_empty((group.fold_forward, K)))
+    if xA is None:
+        target = x.new_empty((T, group.fold_forward)) if wide is None else wide[:, K:]
+        _write_lora_input(group, x, target)
+        saved = target if wide is None else target.contiguous()
+    else:
+        saved = xA
+        if wide is not None:
+            wide[:, K:].copy_(xA)
+    if fp8:
+        _fp8_forward(group, x, saved, out)
+    elif wide is not None:
+        torch.mm(wide, group.forward_weight(x).t(), out=out)
+    else:
+        _plain_forward(group, x, out)
+        sB = group.write_sB(x.new_empty((group.out_features, group.fold_forward)), bias=True)
+        out.addmm_(saved, sB.t())
+    return (out if residual is None else out.add_(residual)), saved
+
+
+def _write_lora_input(group: Group, x: Tensor, target: Tensor) -> None:
+    """[XA, 1, 0] into `target` [T, fold_forward], of any row stride."""
+    A = group.write_A(x.new_empty((group.fold_forward, group.in_features)))
     if group.has_dropout:
         target[:, group.ranks[-1].stop :].zero_()
         for i, ranks in enumerate(group.ranks):
@@ -388,22 +446,8 @@ def group_fwd(
                 torch.mm(group.dropped(x, i), A[ranks].t(), out=target[:, ranks])
     else:
         torch.mm(x, A.t(), out=target)
-    del A
     if group.has_bias:
         target[:, group.bias_column].fill_(1.0)
-    saved = target if wide is None else target.contiguous()
-    if fp8:
-        _fp8_forward(group, x, saved, out)
-    elif wide is not None:
-        W = x.new_empty((group.out_features, K + group.fold_forward))
-        group.write_weights(W[:, :K])
-        group.write_sB(W[:, K:], bias=True)
-        torch.mm(wide, W.t(), out=out)
-    else:
-        _plain_forward(group, x, out)
-        sB = group.write_sB(x.new_empty((group.out_features, group.fold_forward)), bias=True)
-        out.addmm_(saved, sB.t())
-    return (out if residual is None else out.add_(residual)), saved
 
 
 def _plain_forward(group: Group, x: Tensor, out: Tensor) -> None:
@@ -512,13 +556,9 @@ def input_gradient(
     rng: RngState | None = None,
 ) -> Tensor:
     """dX [T, K] in the compute dtype."""
-    K, N = group.in_features, group.out_features
+    K = group.in_features
     if dy_wide is not None:
-        # dX = [dY, G] [W; A]
-        W = dy.new_empty((N + group.fold_backward, K))
-        group.write_weights(W[:N])
-        group.write_A(W[N:])
-        return dy_wide @ W
+        return dy_wide @ group.backward_weight(dy)  # dX = [dY, G] [W; A]
     if group.uses_fp8(dy.shape[0]):  # with dropout, the masks come between G A and dX
         dx = dy.new_empty((dy.shape[0], K))
         if G is not None and not group.has_dropout:

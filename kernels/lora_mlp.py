@@ -47,7 +47,6 @@ from lorafuse.kernels.lora_linear import (
     check_projections,
     compute_dtype,
     flat_tensors,
-    forked_rng,
     group_fwd,
     input_gradient,
     lora_gradient,
@@ -112,6 +111,8 @@ class LoraMlpFunction(torch.autograd.Function):
             saved: list[Tensor | None] = []
             ctx.rng = []
             ctx.tiles = _tiles(flat.shape[0], tile_rows)
+            if len(ctx.tiles) > 1:
+                _keep_weights(_most(ctx.tiles, y), first, second)
             for rows in ctx.tiles:
                 kept, rng = _forward_rows(spec, first, second, flat[rows], y[rows])
                 saved += kept
@@ -134,6 +135,10 @@ class LoraMlpFunction(torch.autograd.Function):
             first, second = spec.groups(tensors)
             flat, dflat = as_rows(h), as_rows(dy)
             dy_wide, dh = take_room(ctx, dy), _InputGradient(flat, ctx.room) if need_h else None
+            if ctx.consumed or not spec.keep_gate_up:  # first for gate/up, and then for dX
+                _keep_weights(_most(ctx.tiles, dflat), first)
+            if len(ctx.tiles) > 1:
+                _keep_weights(_most(ctx.tiles, dflat), first, second)
             sums: list[Tensor | None] = []
             for i, rows in enumerate(ctx.tiles):
                 rstd, gu, gA, mA = kept[4 * i : 4 * i + 4]
@@ -185,6 +190,13 @@ def _tiles(rows: int, tile_rows: int) -> list[slice]:
 def _most(tiles: list[slice], y: Tensor) -> int:
     """Rows of the largest tile of `y`."""
     return int(y[tiles[0]].shape[0])
+
+
+def _keep_weights(rows: int, *groups: Group) -> None:
+    """Writes W once for several products, where it is no larger than what it multiplies."""
+    if rows >= groups[0].in_features:
+        for group in groups:
+            group.keep_weights()
 
 
 def _add(sums: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:
@@ -240,7 +252,7 @@ def _backward_rows(
     need_h = dh is not None
     rng_first, rng_second = rng
     if gu is None:
-        gu = _recompute_gate_up(first, h, spec.norm, rng_first)
+        gu = _recompute_gate_up(first, h, spec.norm, gA)
     gu = gu.data  # autograd's version check is for readers that do not know; we are told
     split = 3 * len(spec.gate_up)
     width = first.out_features
@@ -269,21 +281,19 @@ def _backward_rows(
     return [*above, *below]
 
 
-def _gate_up(group: Group, x: Tensor, x_wide: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _gate_up(
+    group: Group, x: Tensor, x_wide: Tensor | None, xA: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """gate/up [T, 2I + room for G, where backward will fold], and the saved XA."""
     gu = x.new_empty((x.shape[0], group.out_features + group.gradient_room(x.shape[0])))
-    _, xA = group_fwd(group, x, x_wide, gu[:, : group.out_features])
-    return gu, xA
+    return gu, group_fwd(group, x, x_wide, gu[:, : group.out_features], xA=xA)[1]
 
 
 def _recompute_gate_up(
-    group: Group, flat: Tensor, norm: NormPrologue | None, rng: RngState | None
+    group: Group, flat: Tensor, norm: NormPrologue | None, xA: Tensor | None
 ) -> Tensor:
-    with forked_rng(flat.device):
-        if rng is not None:
-            rng.restore(flat.device)
-        x, x_wide, _ = read_input(flat, group, norm)
-        return _gate_up(group, x, x_wide)[0]
+    x, x_wide, _ = read_input(flat, group, norm)
+    return _gate_up(group, x, x_wide, xA)[0]
 
 
 def _activate(

@@ -211,11 +211,15 @@ class _Applier:
                 if description is not None:
                     yield _Found(name, description, recogniser)
 
+    def core(self) -> Any:
+        """The model under PEFT."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
     def probe(self, layers: Sequence[_Found]) -> None:
         if not layers or not self.asks("lora_qkv", "lora_o", "rope"):
             return
-        core: Any = self.model
-        core = core.get_base_model() if hasattr(core, "get_base_model") else core
+        core = self.core()
         backbone = getattr(core, getattr(core, "base_model_prefix", "") or "model", core)
         try:
             self.calls = record_layer_calls(backbone, [f.description.module for f in layers])
@@ -278,6 +282,11 @@ class _Applier:
         if chosen.layers:
             self.result.checkpointing = chosen
             chosen.replace_trainers()
+            moved = chosen.move_embeddings(self.core())
+            if moved:
+                self.result.notes.append(
+                    f"checkpointing: {moved / 1e9:.2f} GB of input embeddings lie on the host"
+                )
 
     def switch_fp8_on(self) -> None:
         """After every proof, which is of the model's own dtype."""
@@ -481,8 +490,7 @@ class _Applier:
     def causal_loss(self) -> None:
         if not self.asks("cross_entropy"):
             return
-        core: Any = self.model
-        core = core.get_base_model() if hasattr(core, "get_base_model") else core
+        core = self.core()
         head = recognise_causal_head(core)
         reason = head if isinstance(head, str) else verify_causal_loss(head)
         if reason is not None:
@@ -496,8 +504,7 @@ class _Applier:
     def report_nothing(self) -> None:
         """One record for each operation that no module of the model offers."""
         seen = {record.operation for record in self.result.records}
-        core: Any = self.model
-        core = core.get_base_model() if hasattr(core, "get_base_model") else core
+        core = self.core()
         for operation, what in _NOTHING.items():
             if self.asks(operation) and operation not in seen:
                 reason = f"{what} was found in {type(core).__name__}"

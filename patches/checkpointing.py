@@ -3,7 +3,8 @@
     off        all that backward needs; nothing is computed twice
     selective  the layer's input, the attention's output and its log-sum-exp; norms, q/k/v, the
                second residual and gate/up are computed again, attention and down never
-    offload    as selective, but what is kept waits on the host
+    offload    as selective, but what is kept waits on the host; a frozen table of embeddings that
+               is no head as well lies there too, and is read from there
     auto       for each layer the fastest of these that the GPU's free memory has room for
 
 The modes change where numbers come from, not the numbers: what is computed again has the same bits,
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorafuse.patches.host_memory import OnHost, embedding_table
 from lorafuse.patches.offload import Offloader
 from lorafuse.patches.recomputation import Tape
 
@@ -43,7 +45,7 @@ OPERATION = "checkpointing"
 OFF, SELECTIVE, OFFLOAD, AUTO = "off", "selective", "offload", "auto"
 MODES = (OFF, SELECTIVE, OFFLOAD)  # from fast to small
 # Tokens that the MLP takes at a time: gate/up and their like exist for so many only.
-TILE_ROWS = {SELECTIVE: 8192, OFFLOAD: 4096}
+TILE_ROWS = {SELECTIVE: 8192, OFFLOAD: 8192}
 # Of the free memory, what `auto` leaves: for fragments of the allocator and what it cannot know.
 _MARGIN = 0.04
 _LOSS_BYTES = 1.2e9  # the loss's chunk of logits, and the head's own work
@@ -147,9 +149,10 @@ class Checkpointing:
         self.last_tape: Tape | None = None
         self._offloader: Offloader | None = None
         self._parameters: list[nn.Parameter] = []
+        self._on_host: list[OnHost] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"last_tape": None, "_offloader": None}
+        return self.__dict__ | {"last_tape": None, "_offloader": None, "_on_host": []}
 
     def add(self, module: nn.Module, sizes: LayerSizes) -> "LayerCheckpointing":
         """A layer, in the order of the forward pass."""
@@ -168,6 +171,18 @@ class Checkpointing:
             if layer.trainers:
                 layer.module.gradient_checkpointing = True  # type: ignore[assignment]
                 layer.trainers = False
+        while self._on_host:
+            self._on_host.pop().undo()
+
+    def move_embeddings(self, model: nn.Module) -> int:
+        """With `offload`, the table of input embeddings goes to the host; its bytes, or 0."""
+        if self.mode != OFFLOAD:
+            return 0
+        weight = embedding_table(model)
+        if weight is None:
+            return 0
+        self._on_host.append(OnHost(weight))
+        return weight.nbytes
 
     def offloader(self, device: torch.device) -> Offloader:
         if self._offloader is None or self._offloader.device != device:

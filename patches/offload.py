@@ -12,12 +12,13 @@ order: so a buffer that comes back into use is overwritten only after it was rea
 On a CPU there is nowhere to go: tensors stay where they are.
 """
 
-import weakref
 from collections import defaultdict, deque
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lorafuse.patches.host_memory import pinned_buffer
 
 __all__ = ["HostCopy", "Offloader"]
 
@@ -33,23 +34,13 @@ class _Pool:
         """[nbytes] uint8, pinned."""
         if self.free[nbytes]:
             return self.free[nbytes].pop()
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
         # Where it cannot be pinned, copies are still right, only slower: the host waits for them.
-        if not int(_cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0)):
-            self.pinned_bytes += nbytes
-            weakref.finalize(buffer, _unpin, buffer.data_ptr())
+        buffer, pinned = pinned_buffer(nbytes)
+        self.pinned_bytes += pinned * nbytes
         return buffer
 
     def put(self, buffer: Tensor) -> None:
         self.free[buffer.numel()].append(buffer)
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _unpin(address: int) -> None:
-    _cudart().cudaHostUnregister(address)
 
 
 class Offloader:

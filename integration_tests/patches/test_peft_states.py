@@ -140,9 +140,9 @@ def test_gradient_checkpointing(make_peft, step, close, reentrant) -> None:
     fused = apply(model, ALL)
     torch.manual_seed(2)
     close(step(model), stock, 1e-4 if next(model.parameters()).is_cpu else 0.5)
-    # once forward, once again in backward
+    # once forward, and not again in backward: our own checkpointing stands in for torch's
     layers = [r for r in fused.records if r.operation == "lora_mlp"]
-    assert [r.calls for r in layers] == [2, 2]
+    assert [r.calls for r in layers] == [1, 1]
 
 
 def test_generation_gives_stocks_tokens_through_a_kv_cache(make_peft, tokens) -> None:

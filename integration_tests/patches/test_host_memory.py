@@ -1,0 +1,82 @@
+"""Parameters that lie on the host and are read by the GPU."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from lorafuse.patches import host_memory
+from lorafuse.patches.apply import OPERATIONS, apply
+from lorafuse.patches.checkpointing import OFF, OFFLOAD
+from lorafuse.patches.host_memory import embedding_table
+
+from .conftest import SMALL
+
+ALL = dict.fromkeys(OPERATIONS, True)
+
+
+@pytest.fixture(autouse=True)
+def every_table_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "LEAST_BYTES", 1)
+
+
+@pytest.fixture
+def cuda(device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA GPU")
+    return device
+
+
+def table(model) -> torch.nn.Parameter:
+    return model.get_base_model().get_input_embeddings().weight
+
+
+def test_the_embeddings_are_read_from_the_host(cuda, make_peft, step) -> None:
+    model = make_peft(LlamaConfig(**SMALL | {"vocab_size": 2**18}))
+    fused = apply(model, ALL, checkpointing=OFF)
+    off = step(model)
+    fused.unfuse()
+    expected, nbytes = table(model).detach().clone(), table(model).nbytes
+    names = list(model.state_dict())
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    parameter = table(model)
+    fused = apply(model, ALL, checkpointing=OFFLOAD)
+    assert torch.cuda.memory_allocated() <= before - nbytes
+    assert table(model) is parameter and parameter.device.type == "cuda"
+    assert any("on the host" in note for note in fused.notes)
+    ours = step(model)
+    for name, value in off.items():
+        assert torch.equal(ours[name], value), name
+    assert list(model.state_dict()) == names
+    assert torch.equal(parameter.cpu(), expected.cpu())
+    fused.unfuse()
+    assert torch.cuda.memory_allocated() >= before
+    assert torch.equal(parameter, expected)
+
+
+def test_it_is_moved_by_offload_alone(make_peft) -> None:
+    model = make_peft("llama")
+    before = table(model).data_ptr()
+    for mode in ("off", "selective", "auto"):
+        apply(model, ALL, checkpointing=mode).unfuse()
+    assert table(model).data_ptr() == before
+
+
+@pytest.mark.parametrize("why", ["tied", "trained", "adapted", "small"])
+def test_tables_that_stay(why, device, make_peft, step, monkeypatch) -> None:
+    options = {}
+    if why == "adapted":
+        options = {"target_modules": ["q_proj", "embed_tokens"]}
+    model = make_peft(LlamaConfig(**SMALL, tie_word_embeddings=why == "tied"), **options)
+    if why == "trained":
+        table(model).requires_grad_(True)
+    if why == "small":
+        monkeypatch.setattr(host_memory, "LEAST_BYTES", 1e9)
+    assert embedding_table(model.get_base_model()) is None
+    apply(model, ALL, checkpointing=OFFLOAD)
+    step(model)
+
+
+def test_a_table_that_can_go(cuda, make_peft) -> None:
+    model = make_peft("llama")
+    assert embedding_table(model.get_base_model()) is table(model)
