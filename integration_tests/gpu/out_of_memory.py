@@ -4,13 +4,15 @@
     python integration_tests/gpu/out_of_memory.py --model tiny --device cpu      (without the fault)
 
 Two runs of transformers' Trainer from the same state, `fused_checkpointing: auto`, two
-micro-batches a step. In the second one something else takes the GPU's free memory after the plan
+micro-batches a step, with torch's deterministic algorithms: cuDNN's attention backward, for one,
+sums in another order each time. In the second one something else takes the GPU's free memory after the plan
 was made, as another process would, so that the step fails in the middle of its work. Losses and
 gradient norms of both must be equal to the last bit.
 """
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from typing import Any
@@ -25,6 +27,7 @@ from lorafuse.plugin.bench_model import adapted, base_model
 from lorafuse.plugin.geometries import find_model
 
 STEPS = 4
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as torch asks for; read at the first GEMM
 
 
 class Tokens(Dataset[dict[str, torch.Tensor]]):
@@ -111,6 +114,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json")
     args = parser.parse_args()
+    torch.use_deterministic_algorithms(True, warn_only=True)
     plain, none, modes = run(args, None)
     torch.cuda.empty_cache()
     faulty, repeated, after = run(args, args.leave_gb)

@@ -191,8 +191,9 @@ def test_what_changes_between_steps_is_seen(device, launches, change):
         limit = 5e-2
     for a, b, after in zip(stock, ours, ours[len(ours) // 2 :] * 2, strict=True):
         if change is parameters_in_bf16 and device.type == "cuda":
-            # bitsandbytes rounds p before the decay and after it, we once: a last bit a step.
-            assert ((a - b).abs() <= 2 * 2**-7 * after.abs().clamp_min(2**-7)).all()
+            # bitsandbytes rounds p before the decay and after it, we once: a last bit a step, of
+            # what p is before the update of up to lr = 0.01, too.
+            assert ((a - b).abs() <= 2 * 2**-7 * after.abs().clamp_min(2**-4)).all()
         else:
             assert (a - b).norm() <= limit * a.norm()
     assert any((b - c).norm() > 2 * limit * b.norm() for b, c in zip(ours, unchanged, strict=True))
