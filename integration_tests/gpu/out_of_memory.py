@@ -5,9 +5,9 @@
 
 Two runs of transformers' Trainer from the same state, `fused_checkpointing: auto`, two
 micro-batches a step, with torch's deterministic algorithms: cuDNN's attention backward, for one,
-sums in another order each time. In the second one something else takes the GPU's free memory after the plan
-was made, as another process would, so that the step fails in the middle of its work. Losses and
-gradient norms of both must be equal to the last bit.
+sums in another order each time. In the second run something else takes the free memory after the
+plan was made, as another process would, so that the step fails in the middle of its work. Losses
+and gradient norms of both must be equal to the last bit.
 """
 
 import argparse
