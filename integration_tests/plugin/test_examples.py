@@ -35,6 +35,7 @@ def test_the_promised_examples_are_there() -> None:
         "smollm2-135m-qlora",
         "llama-3.1-8b-lora",
         "llama-3.1-8b-qlora",
+        "llama-3.1-8b-qlora-long",
         "qwen3-8b-qlora",
         "gemma-2-9b-qlora",
     }
