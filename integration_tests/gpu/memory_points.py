@@ -51,7 +51,7 @@ class Case:
     shapes: dict[int, list[tuple[int, int]]]
 
 
-# 8 shapes and more in three modes each. Small models make most of the points: their steps are short.
+# Each shape in three modes. Small models make most of the points: their steps are short.
 CASES = (
     Case("llama-3.1-8b", None, "nf4", {32: [(2, 4096), (1, 16384)]}),
     Case("llama-3.2-1b", None, "none", {8: [(4, 512), (1, 8192)], 128: [(2, 2048)]}),
