@@ -71,6 +71,15 @@ class LinearReader:
     def out_features(self) -> int:
         return int(self.base.out_features)  # type: ignore[arg-type]
 
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """(A [R, K], B [N, R]) of each active adapter."""
+        lora: Any = self.lora
+        if lora is None:
+            return []
+        names = [name for name in lora.active_adapters if name in lora.lora_A]
+        return [(lora.lora_A[name].weight, lora.lora_B[name].weight) for name in names]
+
     def projection(self, x: Tensor) -> LoraProjection:
         """The layer as it is now, for an input like `x`.
 

@@ -281,6 +281,8 @@ class _Applier:
             self.result.records.append(CheckpointingRecord("", reason=_NOT_WHOLE))
         if chosen.layers:
             self.result.checkpointing = chosen
+            head = getattr(self.model, "get_output_embeddings", lambda: None)()
+            chosen.vocabulary = getattr(head, "out_features", chosen.vocabulary)
             chosen.replace_trainers()
             moved = chosen.move_embeddings(self.core())
             if moved:

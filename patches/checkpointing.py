@@ -17,15 +17,17 @@ puts it back with `undo`. Other layers, and calls that go the stock way, keep th
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lorafuse.kernels.linear_cross_entropy import chunk_rows
 from lorafuse.patches.host_memory import OnHost, embedding_table
 from lorafuse.patches.offload import Offloader
-from lorafuse.patches.recomputation import Tape
+from lorafuse.patches.recomputation import SMALL_BYTES, Tape
 
 __all__ = [
     "AUTO",
@@ -39,6 +41,8 @@ __all__ = [
     "LayerCheckpointing",
     "LayerSizes",
     "plan",
+    "spare_bytes",
+    "step_bytes",
 ]
 
 OPERATION = "checkpointing"
@@ -48,20 +52,28 @@ MODES = (OFF, SELECTIVE, OFFLOAD)  # from fast to small
 TILE_ROWS = {SELECTIVE: 8192, OFFLOAD: 8192}
 # Of the free memory, what `auto` leaves: for fragments of the allocator and what it cannot know.
 _MARGIN = 0.04
-_LOSS_BYTES = 1.2e9  # the loss's chunk of logits, and the head's own work
+_LOGIT_BYTES = 2**29  # the loss's chunk of logits
+_SCALED_ROWS = 8192  # of the loss's gradient, in fp32 at a time
+_VOCABULARY = 2**18  # where the head's is not known
+_FP32 = 4
 
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Features of a layer's linear layers, which decide what its tensors weigh.
+    """What decides how much a layer's tensors weigh. Memory is estimated from above.
 
     Attributes:
         hidden: H.
-        qkv: outputs of q, k and v.
-        attention: inputs of o.
-        gate_up: outputs of gate and up, 2 I.
+        qkv: N, outputs of q, k and v.
+        attention: A, inputs of o.
+        gate_up: 2 I, outputs of gate and up.
         rotated: outputs of q and k that lie apart from `qkv` once normed and turned, or 0.
-        room: columns for LoRA beside gate/up.
+        folds: F, columns for LoRA beside qkv, o, gate/up and down.
+        heads: of queries.
+        shares_heads: there are fewer heads of keys.
+        norms_behind: the blocks' outputs are normed, too.
+        window: of sliding attention, in tokens; None: full attention.
+        gradients: bytes of the adapters' gradients, which backward leaves.
     """
 
     hidden: int
@@ -69,30 +81,162 @@ class LayerSizes:
     attention: int
     gate_up: int
     rotated: int = 0
-    room: int = 64
+    folds: tuple[int, int, int, int] = (64, 64, 64, 64)
+    heads: int = 32
+    shares_heads: bool = True
+    norms_behind: bool = False
+    window: int | None = None
+    gradients: int = 0
 
-    def kept(self, mode: str) -> int:
-        """Elements a token that stay on the GPU from forward to backward."""
+    @cache  # noqa: B019  # a handful of sizes, asked in each forward pass
+    def kept(self, mode: str, tokens: int, length: int, itemsize: int) -> int:
+        """Bytes that stay on the GPU from forward to backward.
+
+        Args:
+            mode: one of `MODES`.
+            tokens: T.
+            length: of them, in a row.
+            itemsize: bytes of an element.
+        """
+        kept = tokens * (itemsize * sum(self.folds[2:]) + 2 * _FP32 * (1 + self.norms_behind))
+        kept += sum(self._large(tokens, length, itemsize))
         if mode == OFFLOAD:
-            return 4 * self.room
-        kept = self.hidden + self.attention + 4 * self.room
+            kept -= self.taken(tokens, length, itemsize)
         if mode == OFF:
-            kept += self.qkv + self.rotated + self.hidden + self.gate_up + self.room
+            more = self.qkv + self.rotated + self.hidden + self.gate_up + self.folds[2]
+            kept += itemsize * tokens * (more + self.hidden * self.norms_behind)
         return kept
 
-    def working(self, tokens: int, mode: str) -> int:
-        """Elements that backward through one layer needs beside what is kept."""
-        rows = min(tokens, TILE_ROWS.get(mode, tokens))
-        again = 0 if mode == OFF else rows * (self.gate_up + self.room)
-        again += 0 if mode == OFF else tokens * (self.qkv + self.rotated)
-        mlp = rows * (self.gate_up // 2 + 2 * self.hidden)
-        weight = self.gate_up * (self.hidden + self.room)
-        fetched = 4 * tokens * (self.hidden + self.attention) if mode == OFFLOAD else 0
-        return again + max(mlp, 4 * tokens * self.qkv) + weight + 3 * tokens * self.hidden + fetched
+    def _large(self, tokens: int, length: int, itemsize: int) -> list[int]:
+        """Bytes of each tensor that every mode keeps, and that grows large with the tokens."""
+        # h, o, with norms behind the MLP's output; XA of qkv and o
+        elements = [self.hidden, self.attention, self.hidden * self.norms_behind, *self.folds[:2]]
+        if self.window is not None and length >= self.window:
+            # A dense mask: k and v are repeated for each query head, and the mask is kept as bias.
+            elements += [self.attention, self.attention, length]
+        # log-sum-exp; rstd of the norms on q's and k's heads
+        both = self.rotated * self.heads // self.attention
+        wide = [self.heads, self.heads, both - self.heads] if both else [self.heads]
+        return [tokens * itemsize * one for one in elements] + [
+            tokens * _FP32 * one for one in wide
+        ]
+
+    @cache  # noqa: B019
+    def taken(self, tokens: int, length: int, itemsize: int) -> int:
+        """Bytes that `offload` takes to the host."""
+        return sum(one for one in self._large(tokens, length, itemsize) if one >= SMALL_BYTES)
+
+    @cache  # noqa: B019
+    def working(self, mode: str, tokens: int, itemsize: int) -> tuple[int, int]:
+        """Bytes that one layer's (forward, backward) needs beside what is kept and fetched."""
+        T, H, N, A = tokens, self.hidden, self.qkv, self.attention
+        tiles = -(-T // TILE_ROWS.get(mode, T))
+        rows = -(-T // tiles)
+        f_qkv, f_o, f_gate_up, f_down = self.folds
+        inner = self.gate_up // 2
+        W_qkv, W_o = N * (H + f_qkv), H * (A + f_o)
+        W_gate_up, W_down = self.gate_up * (H + f_gate_up), H * (inner + f_down)
+        again = mode != OFF
+        behind = H * self.norms_behind
+        gate_up = rows * (self.gate_up + f_gate_up) if again else 0
+        in_tile = max(
+            rows * (H + f_gate_up) + W_gate_up,  # x, and gate/up's GEMM, or that of dx
+            rows * (inner + f_down) + W_down,  # m or dm
+        )
+        block = T * (N + self.rotated + 2 * H + behind) if again else T * H
+        forward = max(
+            block + gate_up + in_tile,
+            T * (H + f_qkv) + W_qkv + (T * N if again else 0),
+        )
+        dh, dh2 = T * (H + f_down), T * (H + f_o)
+        through = T * (2 * H + f_down) * self.norms_behind  # dd, and a or dh2
+        h2 = T * H if again else 0
+        mlp = dh + through + h2 + max(
+            (dh2 if tiles > 1 else 0) + gate_up + in_tile,
+            dh2 + rows * H,
+            T * A + W_o,
+        )  # fmt: skip
+        # What `off` has let go of when attention's turn comes.
+        gone = 0 if again else T * (self.gate_up + f_gate_up + H)
+        workspace = T * (2 * A * self.shares_heads * itemsize + _FP32 * (A + self.heads))
+        qkv = T * (N + self.rotated) if again else 0
+        turned = T * self.rotated
+        attention = dh2 + T * (H + f_o) * self.norms_behind - gone + max(
+            T * A + qkv + T * (H + f_qkv) + W_qkv,
+            T * A + qkv + T * N + workspace // itemsize,
+            qkv + T * N + turned,
+        )  # fmt: skip
+        freed = T * A + (0 if again else T * (N + self.rotated))
+        projections = dh2 + T * N - gone + max(
+            T * (N + f_qkv) + T * H + W_qkv, T * H + dh
+        )  # fmt: skip
+        if mode != OFFLOAD:
+            projections -= freed
+        return itemsize * forward, itemsize * max(mlp, attention, projections)
+
+    def head(self, tokens: int, vocabulary: int, itemsize: int) -> int:
+        """Bytes of the final norm and the loss, beside what is kept."""
+        size = itemsize * tokens * self.hidden
+        logits = itemsize * vocabulary * chunk_rows(tokens, vocabulary, itemsize, _LOGIT_BYTES)
+        scaled = _FP32 * min(tokens, _SCALED_ROWS) * self.hidden
+        rows = 24 * tokens
+        return rows + size + max(2 * size + logits, 2 * size + scaled, 3 * size)
+
+
+def step_bytes(
+    layers: Sequence[LayerSizes],
+    modes: Sequence[str],
+    tokens: int,
+    itemsize: int,
+    length: int | None = None,
+    vocabulary: int = _VOCABULARY,
+    accumulates: bool = False,
+) -> int:
+    """What a step allocates from the first layer on.
+
+    Args:
+        layers: in the order of the forward pass.
+        modes: one a layer.
+        tokens: T.
+        itemsize: bytes of an element.
+        length: tokens of a row; None: T.
+        vocabulary: V.
+        accumulates: the adapters' gradients are there already.
+    """
+    length = tokens if length is None else length
+    last = len(layers) - 1
+    gradients = 0 if accumulates else sum(one.gradients for one in layers)
+    most = kept = before = 0
+    taken = [0, 0]  # by the layers so far
+    backward = []
+    for i, (one, mode) in enumerate(zip(layers, modes, strict=True)):
+        kept += one.kept(mode, tokens, length, itemsize)
+        own = one.taken(tokens, length, itemsize) if mode == OFFLOAD else 0
+        if i == last:  # whose tensors stay, whatever its mode
+            kept += own
+        elif mode == OFFLOAD:
+            taken.append(own)
+        working = one.working(mode, tokens, itemsize)
+        most = max(most, kept + sum(taken[-2:]) + working[0])
+        # The layer's own are fetched, and those of the layer before.
+        own = own if i < last else 0
+        backward.append(kept + before + own + working[1] + gradients)
+        before = own
+        gradients -= 0 if accumulates else one.gradients
+    leaving = sum(taken[-2:])  # on the GPU until the next step
+    head = kept + layers[-1].head(tokens, vocabulary, itemsize)
+    return max(most, leaving + max(head, *backward))
 
 
 def plan(
-    layers: Sequence[LayerSizes], tokens: int, itemsize: int, free: float, floor: str = OFF
+    layers: Sequence[LayerSizes],
+    tokens: int,
+    itemsize: int,
+    free: float,
+    floor: str = OFF,
+    length: int | None = None,
+    vocabulary: int = _VOCABULARY,
+    accumulates: bool = False,
 ) -> list[str]:
     """The fastest mode of each layer that fits into `free` bytes.
 
@@ -102,24 +246,36 @@ def plan(
         itemsize: bytes of an element.
         free: bytes for all that the step allocates, from the first layer on.
         floor: no layer gets a faster mode.
+        length: tokens of a row; None: T.
+        vocabulary: V.
+        accumulates: the adapters' gradients are there already.
 
     Returns:
         One mode a layer; layers of one mode lie together, the fastest last: their memory is the
         first that backward frees. All `offload` where nothing fits.
     """
-
-    def needed(modes: Sequence[str]) -> float:
-        kept = sum(one.kept(mode) for one, mode in zip(layers, modes, strict=True)) * tokens
-        working = max(one.working(tokens, mode) for one, mode in zip(layers, modes, strict=True))
-        return itemsize * kept + max(itemsize * working, _LOSS_BYTES)
-
     allowed = MODES[MODES.index(floor) :]
     for fast, slow in pairwise(allowed):
         for n in range(len(layers), 0, -1):
             modes = [slow] * (len(layers) - n) + [fast] * n
-            if needed(modes) <= free:
+            needed = step_bytes(layers, modes, tokens, itemsize, length, vocabulary, accumulates)
+            if needed <= free:
                 return modes
     return [allowed[-1]] * len(layers)
+
+
+def spare_bytes(free: float, total: float, allocated: float, budget: float | None) -> float:
+    """What `auto` plans with: bytes that a step may allocate from its first layer on.
+
+    Args:
+        free: that the allocator could still give out.
+        total: of the GPU.
+        allocated: by now.
+        budget: that the user allows; None: all.
+    """
+    if budget is None:
+        return free - _MARGIN * total
+    return min(free, budget - allocated) - _MARGIN * min(total, budget)
 
 
 class Keeping(NamedTuple):
@@ -139,6 +295,7 @@ class Checkpointing:
     Attributes:
         modes: of each layer, as last planned.
         floor: `auto` plans no faster mode, after a step that ran out of memory.
+        vocabulary: V of the head, which decides how large the loss's logits are.
     """
 
     def __init__(self, mode: str, budget_bytes: float | None = None) -> None:
@@ -146,6 +303,7 @@ class Checkpointing:
         self.layers: list[LayerCheckpointing] = []
         self.modes: list[str] = []
         self.floor = OFF
+        self.vocabulary = _VOCABULARY
         self.last_tape: Tape | None = None
         self._offloader: Offloader | None = None
         self._parameters: list[nn.Parameter] = []
@@ -200,21 +358,23 @@ class Checkpointing:
             mode = SELECTIVE if on and self.floor == OFF else self.floor
             self.modes = [mode] * len(self.layers)
         else:
-            tokens, itemsize = h.shape[0] * h.shape[1], h.dtype.itemsize
+            batch, length, _ = h.shape
             sizes = [layer.sizes for layer in self.layers]
-            self.modes = plan(sizes, tokens, itemsize, self.free_bytes(h.device), self.floor)
+            free = self.free_bytes(h.device)
+            accumulates = any(p.grad is not None for p in self._parameters)
+            self.modes = plan(
+                sizes, batch * length, h.dtype.itemsize, free, self.floor, length, self.vocabulary,
+                accumulates,
+            )  # fmt: skip
 
     def free_bytes(self, device: torch.device) -> float:
-        """What a step may allocate from here on, gradients and optimiser states counted off."""
+        """What a step may allocate from here on, optimiser states to come counted off."""
         free, total = torch.cuda.mem_get_info(device)
         allocated = torch.cuda.memory_allocated(device)
-        here: float = free + torch.cuda.memory_reserved(device) - allocated
-        if self.budget_bytes is not None:
-            here = min(here, self.budget_bytes - allocated)
-        to_come = sum(p.numel() * p.element_size() for p in self._parameters if p.grad is None)
-        if not self.has_stepped:
-            to_come += sum(8 * p.numel() for p in self._parameters)  # AdamW's states, in fp32
-        return here - to_come - _MARGIN * min(total, self.budget_bytes or total)
+        free += torch.cuda.memory_reserved(device) - allocated
+        # AdamW's, in fp32
+        to_come = 0 if self.has_stepped else sum(8 * p.numel() for p in self._parameters)
+        return spare_bytes(free, total, allocated, self.budget_bytes) - to_come
 
     @property
     def has_stepped(self) -> bool:

@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafuse.kernels.lora_linear import LoraProjection, NormPrologue
+from lorafuse.kernels.lora_linear import LoraProjection, NormPrologue, fold_alignment
 from lorafuse.kernels.lora_o import lora_o
+from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.attention import AttentionReader, take_cache
 from lorafuse.patches.bind import FusedForward, Unsupported
 from lorafuse.patches.checkpointing import LayerCheckpointing, LayerSizes
@@ -56,15 +57,23 @@ class FusedDecoderLayer(FusedForward):
 
     def sizes(self) -> LayerSizes:
         """What decides how much memory its activations take."""
-        qkv = sum(reader.out_features for reader in self.attention.qkv)
-        heads, apart = self.attention.heads, self.attention.norms_heads
-        gate_up = self.mlp.gate_up
+        attention, mlp = self.attention, self.mlp
+        groups = (attention.qkv, (attention.o,), mlp.gate_up, (mlp.down,))
+        heads, window = attention.heads, getattr(attention.module, "sliding_window", None)
+        apart = (heads.query + heads.key_value) * heads.size if attention.norms_heads else 0
+        fold_qkv, fold_o, fold_gate_up, fold_down = (fold(group) for group in groups)
         return LayerSizes(
-            hidden=gate_up[0].in_features,
-            qkv=qkv,
-            attention=self.attention.o.in_features,
-            gate_up=sum(reader.out_features for reader in gate_up),
-            rotated=(heads.query + heads.key_value) * heads.size if apart else 0,
+            hidden=mlp.gate_up[0].in_features,
+            qkv=sum(reader.out_features for reader in attention.qkv),
+            attention=attention.o.in_features,
+            gate_up=sum(reader.out_features for reader in mlp.gate_up),
+            rotated=apart,
+            folds=(fold_qkv, fold_o, fold_gate_up, fold_down),
+            heads=heads.query,
+            shares_heads=heads.query != heads.key_value,
+            norms_behind=self.layer.mlp_post_norm is not None,
+            window=window if isinstance(window, int) else None,
+            gradients=sum(gradient_bytes(group, padded=i < 3) for i, group in enumerate(groups)),
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,3 +148,28 @@ class FusedDecoderLayer(FusedForward):
         if self.checkpointing is not None:
             return self.checkpointing.stock(self.stock, *args, **kwargs)
         return self.stock(*args, **kwargs)
+
+
+def fold(readers: Sequence[LinearReader]) -> int:
+    """Columns that LoRA and bias take beside a group's input, as `Group.fold_forward`."""
+    columns = sum(A.shape[0] for reader in readers for A, _ in reader.pairs)
+    columns += any(getattr(reader.base, "bias", None) is not None for reader in readers)
+    align = fold_alignment(next(readers[0].base.parameters()).device)
+    return -(-columns // align) * align
+
+
+def gradient_bytes(readers: Sequence[LinearReader], *, padded: bool) -> int:
+    """Of the adapters of one group.
+
+    Args:
+        readers: of its layers.
+        padded: those of A are views of one product [fold, K] where they are in fp32.
+    """
+    pairs = [pair for reader in readers for pair in reader.pairs]
+    if not pairs:
+        return 0
+    size, K = pairs[0][0].element_size(), readers[0].in_features
+    rank = sum(A.shape[0] for A, _ in pairs)
+    align = fold_alignment(pairs[0][0].device)
+    rows = -(-rank // align) * align if padded and size == 4 else rank
+    return size * (rows * K + sum(B.numel() for _, B in pairs))

@@ -225,6 +225,12 @@ def plan(
         float | None,
         typer.Option(metavar="GB", help="Of the host's memory, what offload may pin."),
     ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB", help="What auto may plan for. Without it: the YAML's fused_memory_gb."
+        ),
+    ] = None,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write everything, in bytes.")
     ] = None,
@@ -235,8 +241,8 @@ def plan(
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from lorafuse.plugin.errors import FuseConfigError
-    from lorafuse.plugin.plan_table import cards_table, lines_below, modes_table
-    from lorafuse.plugin.plan_target import read_target, read_targets
+    from lorafuse.plugin.plan_table import auto_table, cards_table, lines_below, modes_table
+    from lorafuse.plugin.plan_target import read_memory_GB, read_target, read_targets
     from lorafuse.plugin.planner import plan as predict_all
 
     console = _console()
@@ -245,6 +251,10 @@ def plan(
             raise FuseConfigError(f"--json {json}: there is no folder {json.parent}")
         if host is not None and host <= 0:
             raise FuseConfigError(f"--host {host:g}: give the GB that offload may pin, above 0")
+        if memory is not None and memory <= 0:
+            raise FuseConfigError(
+                f"--memory {memory:g}: give the GB that auto may plan for, above 0"
+            )
         options = {
             "tokens": tokens,
             "batch": batch,
@@ -257,10 +267,12 @@ def plan(
             "layers": layers,
         }
         workload, notes = read_target(target, options)
-        found = predict_all(workload, host_GB=host, notes=notes)
+        budget = read_memory_GB(target) if memory is None else memory
+        found = predict_all(workload, host_GB=host, notes=notes, memory_GB=budget)
     except FuseConfigError as error:
         _fail(error)
     console.print(modes_table(found), soft_wrap=False)
+    console.print(auto_table(found), soft_wrap=False)
     console.print(cards_table(found), soft_wrap=False)
     for line in lines_below(found):
         console.print(line)

@@ -183,6 +183,10 @@ class GroupShape:
             T, self.N, self.K, copies_input=copies_input, copies_weight=not self.quantised
         )
 
+    def gradient_room(self, T: int) -> int:
+        """Columns for G beside dY, where the one that writes dY leaves them."""
+        return self.fold_backward if self.folds_backward(T, copies_input=False) else 0
+
     def forward_weight_bytes(self, folds: bool) -> int:
         """The buffer that the forward GEMM reads W from: [N, K + F], one W_i [N_i, K], or none."""
         if folds:

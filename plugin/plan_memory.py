@@ -13,19 +13,24 @@ What stays from forward to backward, a layer, in bytes a token (`off`):
     log-sum-exp, rstd         4 Hq, 2 * 4
     xA of the four groups     2 F each
 
-`selective` keeps of these h, o, the log-sum-exp and the r-wide ones; q/k/v, h2 and gate/up are
-computed again in backward, MLP first. `offload` keeps the same, h and o on the host, those of two
-layers on the GPU: the one in use, and the one on its way. `checkpointing` is the trainer's own:
-only h; backward runs a layer's forward again and then has all of `off` for that layer.
+`selective` keeps of these h, o, the log-sum-exp and the r-wide ones. Backward computes h2 again,
+then the MLP in tiles of `TILE_ROWS` tokens, gate/up of one tile at a time; q/k/v when attention
+asks for them. `offload` keeps the same, what is `SMALL_BYTES` or more on the host: a layer's is
+freed when the next but one begins, and fetched when backward reaches the layer behind it. Those
+that no further layer frees, of the last two layers offloaded, stay on the GPU until the next step.
 
-Norms on heads (Qwen3) keep q and k before and after; norms behind the blocks (Gemma 2) keep the
-blocks' outputs, `selective` only the MLP's: down is never computed twice.
+dh of a layer lies in a buffer with room for G of the down projection that reads it, dh2 for o's
+(`kernels.gradient_room`). Norms on heads (Qwen3) keep q and k before and after; norms behind the
+blocks (Gemma 2) keep the blocks' outputs, `selective` only the MLP's: down is never computed twice.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lorafuse.kernels.linear_cross_entropy import chunk_rows
+from lorafuse.patches import checkpointing, recomputation
+from lorafuse.patches.checkpointing import MODES, OFF, OFFLOAD, SELECTIVE
 from lorafuse.plugin.plan_groups import BF16, FP32, GroupShape, LayerGroups, Workload
 from lorafuse.plugin.plan_model import LayerShape
 
@@ -33,7 +38,6 @@ from lorafuse.plugin.plan_model import LayerShape
 WEIGHTS, ADAPTERS, OPTIMIZER = "weights", "adapters", "optimizer"
 KEPT, BUFFERS, LOSS = "kept activations", "working buffers", "loss"
 PARTS = (WEIGHTS, ADAPTERS, OPTIMIZER, KEPT, BUFFERS, LOSS)
-MODES = ("off", "selective", "offload", "checkpointing")
 STOCK = "stock"
 
 # Logits at a time: `kernels.linear_cross_entropy`'s on a GPU.
@@ -48,18 +52,16 @@ _INT64 = 8
 # Rows that the loss's gradient is scaled at a time, in fp32.
 _SCALED_ROWS = 8192
 
-# What forward may leave of a layer, and what each mode lets it leave.
-_OF_ATTENTION = ("qkv", "head rstd", "turned", "repeated", "bias", "a", "a rstd")
-_LOW_RANK = ("xA", "oA", "gA", "mA", "rstd", "lse")
-_OF_LAYER = ("h", *_OF_ATTENTION, *_LOW_RANK, "o", "h2", "gu", "d", "d rstd")
-_ON_HOST = ("h", "o", "d")
-_SELECTIVE = (*_ON_HOST, *_LOW_RANK, "d rstd")
-_LASTING = {
-    "off": _OF_LAYER,
-    "selective": _SELECTIVE,
-    "offload": _SELECTIVE,
-    "checkpointing": ("h",),
-}
+# What forward may leave of a layer, and what each mode lets it leave. Of these, the storages of the
+# MLP are one a tile.
+_OF_STAGES = ("qkv", "turned", "a", "h2", "gu")
+_OF_MLP = ("mlp rstd", "gA", "mA")
+_KEPT = (
+    "h", "o", "d", "k repeated", "v repeated", "bias", "lse", "attention rstd", "xA", "oA",
+    "q rstd", "k rstd", "a rstd", "d rstd", *_OF_MLP,
+)  # fmt: skip
+_OF_LAYER = (*_KEPT, *_OF_STAGES)
+_LASTING = {OFF: _OF_LAYER, SELECTIVE: _KEPT, OFFLOAD: _KEPT}
 
 
 class Ledger:
@@ -170,21 +172,52 @@ def adapter_tensors(workload: Workload) -> list[tuple[str, int]]:
 
 
 class Step:
-    """One training step in one of `MODES`."""
+    """One training step.
 
-    def __init__(self, workload: Workload, mode: str) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        self.workload, self.mode = workload, mode
+    Args:
+        workload: What is trained.
+        modes: One of `MODES` for all layers, or one for each.
+
+    Raises:
+        ValueError: There is no such mode, or not one for each layer.
+    """
+
+    def __init__(self, workload: Workload, modes: str | Sequence[str]) -> None:
+        count = len(workload.model.layers)
+        self.modes = [modes] * count if isinstance(modes, str) else list(modes)
+        for mode in self.modes:
+            if mode not in MODES:
+                raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if len(self.modes) != count:
+            raise ValueError(f"expected a mode for each of {count} layers, got {len(self.modes)}")
+        self.workload = workload
         self.T = workload.rows
         self.ledger = Ledger()
         self.host_bytes = 0
         self.kept: dict[str, int] = {}
-        self.lasting = _LASTING[mode]
         self.layers = [(layer, workload.groups(layer)) for layer in workload.model.layers]
+        self.on_host: dict[int, dict[str, int]] = {}  # of each layer that `offload` has taken from
+        self.leaving: list[list[str]] = [[], []]  # by layer: on their way to the host
 
     def run(self) -> Memory:
         """Goes through the step."""
+        ledger = self.ledger
+        self.begin()
+        for i, (layer, groups) in enumerate(self.layers):
+            ledger.moment = f"forward of layer {i + 1}"
+            self.forward(i, layer, groups)
+            self.keep(i)
+        ledger.moment = "head and loss"
+        self.head()
+        for i in reversed(range(len(self.layers))):
+            layer, groups = self.layers[i]
+            self.backward(i, layer, groups)
+        ledger.moment = "optimiser step"
+        ledger.brief(0)
+        return Memory(ledger.peak, ledger.peak_sums, ledger.peak_moment, self.host_bytes, self.kept)
+
+    def begin(self) -> None:
+        """What is there when the first layer is called."""
         ledger, workload = self.ledger, self.workload
         ledger.hold("weights", weight_bytes(workload), WEIGHTS)
         ledger.hold("adapters", adapter_bytes(workload), ADAPTERS)
@@ -200,52 +233,51 @@ class Step:
         ledger.hold("rotary tables", 2 * BF16 * workload.tokens * head_size)
         if workload.documents > 1:
             ledger.hold("attention mask", workload.batch * workload.tokens**2)
-        hidden = workload.model.hidden
-        ledger.hold("h 0", BF16 * self.T * hidden, KEPT)
-        for i, (layer, groups) in enumerate(self.layers):
-            ledger.moment = f"forward of layer {i + 1}"
-            self.forward(i, layer, groups, recorded=self.mode == "off")
-            self.keep(i)
-        ledger.moment = "head and loss"
-        self.head()
-        for i in reversed(range(len(self.layers))):
-            layer, groups = self.layers[i]
-            self.backward(i, layer, groups)
-        ledger.moment = "optimiser step"
-        ledger.brief(0)
-        return Memory(ledger.peak, ledger.peak_sums, ledger.peak_moment, self.host_bytes, self.kept)
+        ledger.hold("h 0", BF16 * self.T * workload.model.hidden, KEPT)
 
     # --- forward -------------------------------------------------------------------------------
 
     def hold(self, name: str, i: int, size: int) -> None:
         """A tensor that backward reads: kept from forward on, or made for this layer alone."""
-        self.ledger.hold(f"{name} {i}", size, KEPT if name in self.lasting else BUFFERS)
+        lasting = name in _LASTING[self.modes[i]] if i < len(self.modes) else True
+        self.ledger.hold(f"{name} {i}", size, KEPT if lasting else BUFFERS)
 
-    def forward(
-        self, i: int, layer: LayerShape, groups: LayerGroups, recorded: bool = True
-    ) -> None:
-        """A layer's forward pass: from `h i` to `h i+1`, with all that `off` keeps.
+    def offloads(self, i: int) -> bool:
+        """Whether a layer takes tensors to the host: not the last, whose backward is next."""
+        return self.modes[i] == OFFLOAD and i + 1 < len(self.modes)
 
-        Where autograd does not record it, what attention leaves goes when attention returns.
+    def tile(self, i: int) -> tuple[int, int]:
+        """(tiles, rows of the largest) that the MLP goes through the tokens in."""
+        most = checkpointing.TILE_ROWS.get(self.modes[i], self.T)
+        count = -(-self.T // most)
+        return count, -(-self.T // count)
+
+    def forward(self, i: int, layer: LayerShape, groups: LayerGroups) -> None:
+        """A layer's forward pass: from `h i` to `h i+1`.
+
+        Also what is computed again later stays until the layer ends: its `Tape` holds it.
         """
+        if self.offloads(i):
+            self.ledger.drop(*self.leaving.pop(0))
+            self.leaving.append([])
         self.qkv(i, layer, groups.qkv)
         self.attention(i, layer)
         self.o(i, layer, groups.o)
-        if not recorded:
-            self.ledger.drop(*(f"{name} {i}" for name in _OF_ATTENTION))
-        self.gate_up(i, groups.gate_up)
-        self.down(i, layer, groups)
+        self.mlp(i, layer, groups)
 
-    def qkv(self, i: int, layer: LayerShape, group: GroupShape) -> None:
+    def qkv(self, i: int, layer: LayerShape, group: GroupShape, again: bool = False) -> None:
         T, ledger = self.T, self.ledger
-        self._project(i, group, "qkv", T * group.N, "xA", normed=True)
-        self.hold("rstd", i, FP32 * T)
+        if not again:
+            self.hold("attention rstd", i, FP32 * T)
+        self._project(i, group, "qkv", T * group.N, "xA", normed=True, again=again)
         if layer.head_norms:
-            heads = layer.query_heads + layer.key_value_heads
-            size = BF16 * T * heads * layer.head_size
+            heads = {"q": layer.query_heads, "k": layer.key_value_heads}
+            size = BF16 * T * sum(heads.values()) * layer.head_size
             # normed, then turned, each in a buffer of its own
             ledger.hold("normed", size)
-            self.hold("head rstd", i, FP32 * T * heads)
+            if not again:
+                for name, count in heads.items():
+                    self.hold(f"{name} rstd", i, FP32 * T * count)
             self.hold("turned", i, size)
             ledger.drop("normed")
 
@@ -253,7 +285,8 @@ class Step:
         T, heads = self.T, layer.query_heads
         if self.dense_mask(layer):
             # With a mask k and v are repeated for each query head, and the bias is kept in bf16.
-            self.hold("repeated", i, 2 * BF16 * T * heads * layer.head_size)
+            self.hold("k repeated", i, BF16 * T * heads * layer.head_size)
+            self.hold("v repeated", i, BF16 * T * heads * layer.head_size)
             self.hold("bias", i, BF16 * T * self.workload.tokens)
         self.hold("o", i, BF16 * T * heads * layer.head_size)
         self.hold("lse", i, FP32 * T * heads)
@@ -262,33 +295,47 @@ class Step:
         """Whether a sliding window goes to torch's attention as a dense mask."""
         return layer.window is not None and self.workload.tokens >= layer.window
 
-    def o(self, i: int, layer: LayerShape, group: GroupShape) -> None:
+    def o(self, i: int, layer: LayerShape, group: GroupShape, again: bool = False) -> None:
         out = "a" if layer.post_norms else "h2"
-        self._project(i, group, out, self.T * group.N, "oA", normed=False)
+        self._project(i, group, out, self.T * group.N, "oA", normed=False, again=again)
         if layer.post_norms:
-            self._post_norm(i, "a", group.N)
+            if not again:
+                self.hold("a rstd", i, FP32 * self.T)
+            self._post_norm("h2", i, group.N)
 
-    def gate_up(self, i: int, group: GroupShape) -> None:
-        T = self.T
-        room = group.fold_backward if group.folds_backward(T, copies_input=False) else 0
-        self._project(i, group, "gu", T * (group.N + room), "gA", normed=True)
-        self.hold("rstd", i, FP32 * T)
-
-    def down(self, i: int, layer: LayerShape, groups: LayerGroups) -> None:
-        T, ledger, group = self.T, self.ledger, groups.down
-        folds = group.folds_forward(T, copies_input=False)
-        ledger.hold("m", BF16 * T * (group.K + (group.fold_forward if folds else 0)))
+    def mlp(self, i: int, layer: LayerShape, groups: LayerGroups) -> None:
+        """Its output first, then tile by tile; gate/up stay in `off` alone."""
+        T, ledger, first, second = self.T, self.ledger, groups.gate_up, groups.down
+        _, rows = self.tile(i)
         out = ("d", i) if layer.post_norms else ("h", i + 1)
-        self.hold(*out, BF16 * T * group.N)
-        self.hold("mA", i, BF16 * T * group.fold_forward)
-        ledger.brief(group.forward_weight_bytes(folds))
+        self.hold(*out, BF16 * T * second.N)
+        for name, width in (("gA", first.fold_forward), ("mA", second.fold_forward)):
+            self.hold(name, i, BF16 * T * width)
+        self.hold("mlp rstd", i, FP32 * T)
+        self.gate_up(i, first, rows)
+        folds = second.folds_forward(rows, copies_input=False)
+        ledger.hold("m", BF16 * rows * (second.K + (second.fold_forward if folds else 0)))
+        if self.modes[i] != OFF:
+            ledger.drop(f"gu {i}")
+        ledger.brief(second.forward_weight_bytes(folds))
         ledger.drop("m")
         if layer.post_norms:
-            self._post_norm(i, "d", group.N)
+            self.hold("d rstd", i, FP32 * T)
+            self._post_norm("h", i + 1, second.N)
+
+    def gate_up(self, i: int, group: GroupShape, rows: int) -> None:
+        """gate/up of a tile: beside the normed input and W."""
+        ledger = self.ledger
+        folds = group.folds_forward(rows, copies_input=False)
+        ledger.hold("x", BF16 * rows * (group.K + (group.fold_forward if folds else 0)))
+        self.hold("gu", i, BF16 * rows * (group.N + group.gradient_room(rows)))
+        ledger.brief(group.forward_weight_bytes(folds))
+        ledger.drop("x")
 
     def _project(
-        self, i: int, group: GroupShape, out: str, elements: int, low: str, *, normed: bool
-    ) -> None:
+        self, i: int, group: GroupShape, out: str, elements: int, low: str, *,
+        normed: bool, again: bool,
+    ) -> None:  # fmt: skip
         """One group's forward: the normed or copied input, W, the output, and XA."""
         T, ledger = self.T, self.ledger
         folds = group.folds_forward(T, copies_input=not normed)
@@ -296,31 +343,42 @@ class Step:
             width = group.K + (group.fold_forward if folds else 0)
             ledger.hold("x", BF16 * T * width)
         self.hold(out, i, BF16 * elements)
-        if group.fold_forward:
-            self.hold(low, i, BF16 * T * group.fold_forward)
+        size = BF16 * T * group.fold_forward
+        if again:
+            ledger.hold("XA", size)
+        elif size:
+            self.hold(low, i, size)
         ledger.brief(group.forward_weight_bytes(folds))
-        ledger.drop("x")
+        ledger.drop("x", "XA")
 
-    def _post_norm(self, i: int, block: str, features: int) -> None:
-        """h2 = h + norm(a), or the next h = h2 + norm(d); a and d are read by backward."""
+    def _post_norm(self, out: str, i: int, features: int) -> None:
+        """h2 = h + norm(a), or the next h = h2 + norm(d)."""
         size = BF16 * self.T * features
         self.ledger.hold("normed", size)
-        self.hold(f"{block} rstd", i, FP32 * self.T)
-        self.hold(*(("h2", i) if block == "a" else ("h", i + 1)), size)
+        self.hold(out, i, size)
         self.ledger.drop("normed")
 
     # --- between -------------------------------------------------------------------------------
 
     def keep(self, i: int) -> None:
-        """Lets go of what the mode does not keep of a layer."""
+        """Lets go of what the mode does not keep of a layer, or sends it to the host."""
         ledger = self.ledger
-        ledger.drop(*(f"{name} {i}" for name in _OF_LAYER if name not in self.lasting))
-        if self.mode == "offload":
-            self.host_bytes += sum(
-                ledger.live.get(f"{name} {i}", (KEPT, 0))[1] for name in _ON_HOST
-            )
-            # The copy of this layer runs while the next one is computed.
-            ledger.drop(*(f"{name} {i - 1}" for name in _ON_HOST))
+        lasting = _LASTING[self.modes[i]]
+        ledger.drop(*(f"{name} {i}" for name in _OF_LAYER if name not in lasting))
+        if not self.offloads(i):
+            return
+        tiles, _ = self.tile(i)
+        taken = self.on_host[i] = {}
+        for name in _KEPT:
+            _, size = ledger.live.get(f"{name} {i}", (KEPT, 0))
+            if size // (tiles if name in _OF_MLP else 1) >= recomputation.SMALL_BYTES:
+                taken[name] = size
+                ledger.drop(f"{name} {i}")
+                ledger.hold(f"{name} {i} leaving", size, KEPT)
+        self.host_bytes += sum(taken.values())
+        # The embedding's output is a local variable of the model's forward.
+        held = [f"{name} {i} leaving" for name in taken if (name, i) != ("h", 0)]
+        self.leaving[-1] = held
 
     def head(self) -> None:
         """Final norm, head and loss, forward and backward."""
@@ -329,6 +387,7 @@ class Step:
         last = len(self.layers)
         ledger.hold("final rstd", FP32 * T, KEPT)
         ledger.hold("final x", BF16 * T * H)
+        ledger.drop("h 0 leaving")
         ledger.hold("dX", BF16 * N * H, LOSS)
         ledger.hold("rows", _INT64 * N, LOSS)
         chunk = min(chunk_rows(N, V, BF16, _LOGIT_BYTES), N)
@@ -339,7 +398,7 @@ class Step:
         kept: defaultdict[str, int] = defaultdict(int)
         for name, (part, size) in ledger.live.items():
             if part == KEPT or name in ("dX", "rows"):
-                kept[name.rstrip("0123456789").rstrip()] += size
+                kept[_without_layer(name)] += size
         self.kept = dict(kept)
         ledger.moment = "backward of the loss"
         ledger.hold("scaled dX", BF16 * N * H, LOSS)
@@ -349,87 +408,106 @@ class Step:
             ledger.hold("d final x", BF16 * T * H)
             ledger.drop("scaled dX")
         ledger.drop("dX", "rows", "row results")
-        ledger.hold(f"dh {last}", BF16 * T * H)
+        ledger.hold(f"dh {last}", BF16 * T * (H + self.room_for_down(last - 1)))
         ledger.drop("d final x", "scaled dX", "final rstd", f"h {last}")
 
     # --- backward ------------------------------------------------------------------------------
 
+    def room_for_down(self, i: int) -> int:
+        """Columns beside the gradient of layer `i`'s output, for the one that reads it."""
+        if i < 0 or self.layers[i][0].post_norms:
+            return 0  # the embedding asks for none, nor does a sum
+        return self.layers[i][1].down.gradient_room(self.tile(i)[1])
+
     def backward(self, i: int, layer: LayerShape, groups: LayerGroups) -> None:
         """A layer's backward pass: from `dh i+1` to `dh i`."""
-        ledger, selective = self.ledger, self.mode in ("selective", "offload")
-        if self.mode == "checkpointing":
-            ledger.moment = f"second forward of layer {i + 1}"
-            self.forward(i, layer, groups)
-            ledger.drop(f"h {i + 1}")
-        if self.mode == "offload" and i > 0:
-            self._fetch(i - 1)
+        ledger, again = self.ledger, self.modes[i] != OFF
+        for j in (i, i - 1):  # the layer before comes back while this one is computed
+            for name, size in self.on_host.get(j, {}).items():
+                if f"{name} {j}" not in ledger.live:
+                    ledger.hold(f"{name} {j}", size, KEPT)
         ledger.moment = f"backward of layer {i + 1}'s MLP"
-        if selective:
-            self.o(i, layer, groups.o)
-            self.gate_up(i, groups.gate_up)
+        if layer.post_norms:  # through the norm; what came goes around it
+            room = groups.down.gradient_room(self.tile(i)[1])
+            ledger.hold("dd", BF16 * self.T * (layer.hidden + room))
+            self.release(i, "d", "d rstd")
+        if again:
+            self.o(i, layer, groups.o, again)
         self.mlp_backward(i, layer, groups)
         ledger.moment = f"backward of layer {i + 1}'s attention"
         self.o_backward(i, layer, groups.o)
-        if selective:
-            self.qkv(i, layer, groups.qkv)
+        if again:
+            self.qkv(i, layer, groups.qkv, again)
         self.attention_backward(i, layer)
         self.qkv_backward(i, layer, groups.qkv)
         self.gradients(i, groups, "attention")
 
-    def _fetch(self, i: int) -> None:
-        """Layer `i`'s h and o (and d) come back from the host."""
-        layer = self.layers[i][0]
-        for name, width in (("h", layer.hidden), ("o", layer.query_heads * layer.head_size)):
-            if f"{name} {i}" not in self.ledger.live:
-                self.ledger.hold(f"{name} {i}", BF16 * self.T * width, KEPT)
-        if layer.post_norms and f"d {i}" not in self.ledger.live:
-            self.ledger.hold(f"d {i}", BF16 * self.T * layer.hidden, KEPT)
+    def release(self, i: int, *names: str) -> None:
+        """A node of the graph is done; what has come from the host stays until the layer is."""
+        fetched = self.on_host.get(i, {})
+        self.ledger.drop(*(f"{name} {i}" for name in names if name not in fetched))
 
     def mlp_backward(self, i: int, layer: LayerShape, groups: LayerGroups) -> None:
-        T, ledger, H = self.T, self.ledger, layer.hidden
+        T, ledger, H, again = self.T, self.ledger, layer.hidden, self.modes[i] != OFF
         first, second = groups.gate_up, groups.down
-        if layer.post_norms:  # through the norm; what came goes around it
-            ledger.hold("dd", BF16 * T * H)
-            ledger.drop(f"d {i}", f"d rstd {i}")
-        folds = second.folds_backward(T, copies_input=True)
-        # G [T, F] lies in the copy of dy where folding pays.
-        ledger.hold("dy G", BF16 * T * (second.fold_backward + (second.N if folds else 0)))
-        ledger.hold("dm", BF16 * T * second.K)
-        ledger.brief(second.backward_weight_bytes(folds))
-        self.gradients(i, groups, "mlp")
-        ledger.drop("dy G", "dm")
-        folds = first.folds_backward(T, copies_input=False)
-        if not folds:
-            ledger.hold("G", BF16 * T * first.fold_backward)
-        ledger.hold("dx", BF16 * T * H)
-        ledger.brief(first.backward_weight_bytes(folds))
-        ledger.drop("G")
-        ledger.hold("dh2", BF16 * T * H)
-        ledger.drop("dx", "dd", f"gu {i}", f"gA {i}", f"mA {i}", f"h2 {i}", f"dh {i + 1}")
+        count, rows = self.tile(i)
+        has_room = second.gradient_room(rows) > 0
+        room_for_o = 0 if layer.post_norms else groups.o.gradient_room(T)
+        for tile in range(min(count, 3)):  # those behind are as the third
+            if again:
+                ledger.hold("again", (FP32 + BF16 * first.fold_forward) * rows)
+                self.gate_up(i, first, rows)
+                ledger.drop("again")
+            if not has_room:
+                ledger.hold("G", BF16 * rows * second.fold_backward)
+            ledger.hold("dm", BF16 * rows * second.K)
+            ledger.brief(second.backward_weight_bytes(has_room))
+            self.gradients(i, groups, "mlp", more=tile > 0)
+            ledger.drop("G", "dm")
+            folds = first.folds_backward(rows, copies_input=False)
+            if not folds:
+                ledger.hold("G", BF16 * rows * first.fold_backward)
+            ledger.hold("dx", BF16 * rows * H)
+            ledger.brief(first.backward_weight_bytes(folds))
+            ledger.drop("G")
+            if again:
+                ledger.drop(f"gu {i}")
+            if tile == 0:
+                ledger.hold("dh2", BF16 * T * (H + room_for_o))
+            ledger.drop("dx")
+        ledger.drop("more gradients", "dd", f"gu {i}", f"dh {i + 1}")
+        self.release(i, *_OF_MLP)
+        if not (again and layer.post_norms):  # there the stage keeps it until `a` is asked for
+            ledger.drop(f"h2 {i}")
 
     def o_backward(self, i: int, layer: LayerShape, group: GroupShape) -> None:
         T, ledger = self.T, self.ledger
+        room = group.gradient_room(T)
         if layer.post_norms:
-            ledger.hold("da", BF16 * T * group.N)
-            ledger.drop(f"a {i}", f"a rstd {i}")
-        folds = group.folds_backward(T, copies_input=True)
-        ledger.hold("dy G", BF16 * T * (group.fold_backward + (group.N if folds else 0)))
+            ledger.drop(f"h2 {i}")
+            ledger.hold("da", BF16 * T * (group.N + room))
+            self.release(i, "a", "a rstd")
+        if not room:
+            ledger.hold("G", BF16 * T * group.fold_backward)
         ledger.hold("do", BF16 * T * group.K)
-        ledger.brief(group.backward_weight_bytes(folds))
-        ledger.drop("dy G", "da", f"oA {i}")
+        ledger.brief(group.backward_weight_bytes(room > 0))
+        ledger.drop("G", "da")
+        self.release(i, "oA")
 
     def attention_backward(self, i: int, layer: LayerShape) -> None:
-        """dq, dk and dv; the kernel sums dQ in fp32, and dK and dV of each query head apart."""
+        """dq, dk and dv."""
         T, ledger, heads = self.T, self.ledger, layer.query_heads
-        width = heads * layer.head_size
         ledger.hold("dqkv", BF16 * T * sum(one.out_features for one in layer.qkv))
-        repeated = 2 * BF16 * T * width if heads != layer.key_value_heads else 0
-        ledger.brief(FP32 * T * width, repeated, FP32 * T * heads)
-        ledger.drop("do", f"o {i}", f"lse {i}", f"turned {i}", f"repeated {i}", f"bias {i}")
+        ledger.brief(attention_workspace(T, layer))
+        ledger.drop("do")
+        self.release(i, "o", "lse", "k repeated", "v repeated", "bias")
+        if self.modes[i] == OFF:
+            ledger.drop(f"turned {i}")
         if layer.head_norms:
             size = BF16 * T * (heads + layer.key_value_heads) * layer.head_size
             ledger.brief(size)  # turned back, then through the norms: one copy at a time
-            ledger.drop(f"head rstd {i}")
+            ledger.drop(f"turned {i}")
+            self.release(i, "q rstd", "k rstd")
         ledger.drop(f"qkv {i}")
 
     def qkv_backward(self, i: int, layer: LayerShape, group: GroupShape) -> None:
@@ -439,25 +517,48 @@ class Step:
         ledger.hold("dx", BF16 * T * H)
         ledger.brief(group.backward_weight_bytes(folds))
         ledger.drop("dy G")
-        ledger.hold(f"dh {i}", BF16 * T * H)
-        ledger.drop("dx", "dqkv", "dh2", f"xA {i}", f"rstd {i}", f"h {i}")
+        ledger.hold(f"dh {i}", BF16 * T * (H + self.room_for_down(i - 1)))
+        ledger.drop("dx", "dqkv", "dh2", *(f"{name} {i}" for name in _OF_LAYER))
 
-    def gradients(self, i: int, groups: LayerGroups, block: str, first: bool = False) -> None:
+    def gradients(
+        self, i: int, groups: LayerGroups, block: str, first: bool = False, more: bool = False
+    ) -> None:
         """Gradients of a block's adapters, where they are not there already.
 
         Those of A in one group are views of the one product [F, K] that they come from.
+
+        Args:
+            first: They are of a micro-batch before.
+            more: They are another tile's, to be added; those of the tile before are still there.
         """
-        if self.workload.accumulates and not first:
+        if self.workload.accumulates and not (first or more):
             return
-        size = self.workload.adapter_bytes
-        chosen = (groups.qkv, groups.o) if block == "attention" else (groups.gate_up, groups.down)
-        total = 0
-        for group in chosen:
-            B = sum(rank * out for rank, out in zip(group.ranks, group.outs, strict=True))
-            # down's comes from a kernel of its own, or from a product of just R rows
-            rows = group.fold_backward if size == FP32 and group is not groups.down else group.rank
-            total += size * (B + rows * group.K)
-        self.ledger.hold(f"gradients {i} {block}", total, ADAPTERS)
+        name = "more gradients" if more else f"gradients {i} {block}"
+        self.ledger.hold(name, gradient_bytes(self.workload, groups, block), ADAPTERS)
+
+
+def gradient_bytes(workload: Workload, groups: LayerGroups, block: str) -> int:
+    """Of the adapters of a block, `attention` or `mlp`."""
+    size, total = workload.adapter_bytes, 0
+    for group in (groups.qkv, groups.o) if block == "attention" else (groups.gate_up, groups.down):
+        B = sum(rank * out for rank, out in zip(group.ranks, group.outs, strict=True))
+        # down's comes from a kernel of its own, or from a product of just R rows
+        rows = group.fold_backward if size == FP32 and group is not groups.down else group.rank
+        total += size * (B + rows * group.K)
+    return total
+
+
+def attention_workspace(T: int, layer: LayerShape) -> int:
+    """Of attention's backward: it sums dQ in fp32, and dK and dV of each query head apart."""
+    heads = layer.query_heads
+    width = heads * layer.head_size
+    repeated = 2 * BF16 * T * width if heads != layer.key_value_heads else 0
+    return FP32 * T * width + repeated + FP32 * T * heads
+
+
+def _without_layer(name: str) -> str:
+    """`h 3 leaving` -> `h leaving`."""
+    return " ".join(word for word in name.split() if not word.isdigit())
 
 
 def stock_memory(workload: Workload) -> Memory:

@@ -16,10 +16,7 @@ from lorafuse.plugin.planner import (
     usable_bytes,
 )
 
-_LABELS = {
-    "checkpointing": "trainer's checkpointing",
-    STOCK: "≈ stock, checkpointing",
-}
+_LABELS = {STOCK: "≈ stock, checkpointing"}
 
 
 def describe(workload: Workload) -> str:
@@ -74,6 +71,25 @@ def cards_table(plan: Plan) -> Table:
     return found
 
 
+def auto_table(plan: Plan) -> Table:
+    """One row a card: what `auto` chooses, the peak and the time of a step."""
+    found = Table(title="what auto chooses (✓: it fits)", title_justify="left")
+    found.add_column("auto on", no_wrap=True)
+    found.add_column("layers, first to last", no_wrap=True)
+    for column in ("peak\nGB", "host\nGB", "time"):
+        found.add_column(column, justify="right", no_wrap=True)
+    for one in plan.auto:
+        size = f"{one.card_GB:g} GB"
+        found.add_row(
+            f"fused_memory_gb {one.card_GB:g}" if one.is_budget else size,
+            ", ".join(f"{count} {mode}" for mode, count in one.layers.items()),
+            f"✓ {_gigabytes(one.peak_bytes)}" if one.fits else _gigabytes(one.peak_bytes),
+            _gigabytes(one.host_bytes) if one.host_bytes else "–",
+            f"{one.relative_time:.2f}",
+        )
+    return found
+
+
 def lines_below(plan: Plan) -> Iterator[str]:
     """What the numbers mean and assume."""
     yield (
@@ -85,6 +101,10 @@ def lines_below(plan: Plan) -> Iterator[str]:
         f"of a card's nominal size {CONTEXT_BYTES / GB:.1f} GB go to the CUDA context and loaded "
         f"kernels, and {FRAGMENTED:.0%} of the rest to fragments between tensors; what is left is "
         "in brackets"
+    )
+    yield (
+        "auto, the default, gives each layer the fastest mode that its own estimate has room for, "
+        "with 4 % of the card to spare; its longest row is that of offload"
     )
     moments = {one.mode: one.moment for one in plan.predictions if one.mode != STOCK}
     yield "when the peak is: " + "; ".join(f"{mode}: {when}" for mode, when in moments.items())

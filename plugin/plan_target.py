@@ -85,6 +85,13 @@ def read_target(target: str, options: Mapping[str, Any]) -> tuple[Workload, list
     return workload, notes
 
 
+def read_memory_GB(target: str) -> float | None:
+    """`fused_memory_gb` of a YAML that `read_target` has read; None: none is set."""
+    path = Path(target)
+    found = read_yaml(path).get("fused_memory_gb") if path.is_file() else None
+    return None if found is None else float(found)
+
+
 def read_targets(text: str) -> Targets:
     """`--targets`: names with commas between, `all-linear`, or a regular expression."""
     words = tuple(word.strip() for word in text.split(",") if word.strip())

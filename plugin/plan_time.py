@@ -6,8 +6,10 @@ is the ratio to `off`, not tokens/s. A step takes as long as the GPU computes or
 it, whichever is longer; in `offload` a layer takes no less than its copies.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lorafuse.patches.checkpointing import MODES, OFF, OFFLOAD
 from lorafuse.plugin.plan_groups import GroupShape, Workload
 from lorafuse.plugin.plan_model import LayerShape
 
@@ -41,30 +43,30 @@ class LayerTimes:
 
 def relative_times(workload: Workload) -> dict[str, float]:
     """Time of a step by mode, `off` being 1."""
-    times = step_seconds(workload)
-    return {mode: seconds / times["off"] for mode, seconds in times.items()}
+    off = step_seconds(workload, OFF)
+    return {mode: step_seconds(workload, mode) / off for mode in MODES}
 
 
-def step_seconds(workload: Workload) -> dict[str, float]:
-    """Seconds of a step on the H100 that the rates are of; for the ratios, not to be reported."""
-    layers = [layer_times(workload, layer) for layer in workload.model.layers]
-    forward = sum(one.forward for one in layers)
-    again = sum(one.again for one in layers)
-    backward = sum(one.backward for one in layers)
-    copies = [one.copied_bytes / _PCIE_BYTES for one in layers]
-    waits = sum(
-        max(one.forward, copy) + max(one.again + one.backward, copy)
-        for one, copy in zip(layers, copies, strict=True)
-    )
-    n, rest = len(layers), rest_seconds(workload)
-    once = n * (_HOST_FORWARD_S + _HOST_BACKWARD_S)
-    more = n * _HOST_FORWARD_S
-    return {
-        "off": max(forward + backward + rest, once),
-        "selective": max(forward + again + backward + rest, once + _HOST_AGAIN * more),
-        "offload": max(waits + rest, once + _HOST_AGAIN * more),
-        "checkpointing": max(2 * forward + backward + rest, once + more),
-    }
+def step_seconds(workload: Workload, modes: str | Sequence[str]) -> float:
+    """Seconds of a step on the H100 that the rates are of; for the ratios, not to be reported.
+
+    Args:
+        workload: The step.
+        modes: One of `MODES` for all layers, or one for each.
+    """
+    layers = workload.model.layers
+    by_layer = [modes] * len(layers) if isinstance(modes, str) else list(modes)
+    gpu, host = rest_seconds(workload), 0.0
+    for i, (layer, mode) in enumerate(zip(layers, by_layer, strict=True)):
+        one = layer_times(workload, layer)
+        again = 0.0 if mode == OFF else one.again
+        # The last layer's are not copied: its backward is next.
+        copied = mode == OFFLOAD and i + 1 < len(layers)
+        copy = one.copied_bytes / _PCIE_BYTES if copied else 0.0
+        gpu += max(one.forward, copy) + max(again + one.backward, copy)
+        host += _HOST_FORWARD_S + _HOST_BACKWARD_S
+        host += 0.0 if mode == OFF else _HOST_AGAIN * _HOST_FORWARD_S
+    return max(gpu, host)
 
 
 def layer_times(workload: Workload, layer: LayerShape) -> LayerTimes:

@@ -9,19 +9,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lorafuse.plugin.plan_groups import Workload, shown
-from lorafuse.plugin.plan_memory import MODES, PARTS, STOCK, Memory, Step, stock_memory
-from lorafuse.plugin.plan_time import relative_times
+from lorafuse.patches import checkpointing
+from lorafuse.patches.checkpointing import MODES, LayerSizes
+from lorafuse.plugin.plan_groups import BF16, Workload, shown
+from lorafuse.plugin.plan_memory import PARTS, STOCK, Memory, Step, gradient_bytes, stock_memory
+from lorafuse.plugin.plan_model import LayerShape
+from lorafuse.plugin.plan_time import relative_times, step_seconds
 
 __all__ = [
     "ALL_MODES",
     "CARDS",
     "MODES",
     "PARTS",
+    "Auto",
     "Plan",
     "Prediction",
     "Workload",
+    "auto_modes",
     "kept_after_forward",
+    "layer_sizes",
     "longest_tokens",
     "plan",
     "predict",
@@ -63,12 +69,34 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Auto:
+    """What `fused_checkpointing: auto` does once the optimiser has its states.
+
+    Attributes:
+        card_GB: Nominal size of the GPU, or the budget (`fused_memory_gb`).
+        is_budget: The latter.
+        layers: How many layers are in which mode; in the order of the forward pass.
+        peak_bytes, host_bytes, relative_time: As those of `Prediction`.
+        fits: Whether the peak is within what is usable.
+    """
+
+    card_GB: float
+    is_budget: bool
+    layers: dict[str, int]
+    peak_bytes: int
+    host_bytes: int
+    relative_time: float
+    fits: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """Of a workload: all modes, and what fits.
 
     Attributes:
         workload: The step.
         predictions: One for each of `ALL_MODES`, in that order.
+        auto: By card, and for the budget where there is one.
         longest: By mode and card (GB): tokens of a row that fit with this batch; 0: none do.
         host_GB: The host's memory that `longest` respects, or None.
         notes: What else is to be said, from reading the settings.
@@ -76,6 +104,7 @@ class Plan:
 
     workload: Workload
     predictions: tuple[Prediction, ...]
+    auto: tuple[Auto, ...]
     longest: dict[str, dict[int, int]]
     host_GB: float | None = None
     notes: tuple[str, ...] = ()
@@ -97,6 +126,7 @@ class Plan:
             "targets": shown(workload.targets),
             **settings,
             "modes": [asdict(one) for one in self.predictions],
+            "auto": [asdict(one) for one in self.auto],
             "usable_bytes": {str(card): usable_bytes(card) for card in CARDS},
             "longest_tokens": {
                 mode: {str(card): tokens for card, tokens in cards.items()}
@@ -133,6 +163,61 @@ def usable_bytes(card_GB: float) -> int:
     sets it).
     """
     return int((1 - FRAGMENTED) * (card_GB * GB - CONTEXT_BYTES))
+
+
+def layer_sizes(workload: Workload, layer: LayerShape) -> LayerSizes:
+    """The layer as `auto` sees it."""
+    groups = workload.groups(layer)
+    heads = layer.query_heads
+    qkv, o, gate_up, down = (group.fold_forward for group in groups)
+    return LayerSizes(
+        hidden=layer.hidden,
+        qkv=groups.qkv.N,
+        attention=groups.o.K,
+        gate_up=groups.gate_up.N,
+        rotated=(heads + layer.key_value_heads) * layer.head_size if layer.head_norms else 0,
+        folds=(qkv, o, gate_up, down),
+        heads=heads,
+        shares_heads=heads != layer.key_value_heads,
+        norms_behind=layer.post_norms,
+        window=layer.window,
+        gradients=sum(gradient_bytes(workload, groups, block) for block in ("attention", "mlp")),
+    )
+
+
+def auto_modes(workload: Workload, card_GB: float, budget_GB: float | None = None) -> list[str]:
+    """The mode that `auto` gives each layer.
+
+    Args:
+        workload: The step.
+        card_GB: Nominal size of the GPU.
+        budget_GB: `fused_memory_gb`.
+    """
+    step = Step(workload, MODES[0])
+    step.begin()
+    allocated, total = step.ledger.total, card_GB * GB
+    free = checkpointing.spare_bytes(
+        total - CONTEXT_BYTES - allocated, total, allocated,
+        None if budget_GB is None else budget_GB * GB,
+    )  # fmt: skip
+    return checkpointing.plan(
+        [layer_sizes(workload, layer) for layer in workload.model.layers],
+        workload.rows, BF16, free, length=workload.tokens, vocabulary=workload.model.vocabulary,
+        accumulates=workload.accumulates,
+    )  # fmt: skip
+
+
+def _auto(workload: Workload, size_GB: float, is_budget: bool) -> Auto:
+    """`auto` on a card, or with a budget on one that has more."""
+    card_GB, budget_GB = (2 * size_GB + 2, size_GB) if is_budget else (size_GB, None)
+    modes = auto_modes(workload, card_GB, budget_GB)
+    memory = Step(workload, modes).run()
+    time = step_seconds(workload, modes) / step_seconds(workload, MODES[0])
+    usable = int(size_GB * GB) if is_budget else usable_bytes(size_GB)
+    return Auto(
+        size_GB, is_budget, {mode: modes.count(mode) for mode in reversed(MODES) if mode in modes},
+        memory.peak_bytes, memory.host_bytes, time, memory.peak_bytes <= usable,
+    )  # fmt: skip
 
 
 def longest_tokens(
@@ -195,6 +280,7 @@ def plan(
     cards: Sequence[int] = CARDS,
     host_GB: float | None = None,
     notes: Sequence[str] = (),
+    memory_GB: float | None = None,
 ) -> Plan:
     """All modes of a workload, and the longest rows that fit on each card.
 
@@ -203,6 +289,7 @@ def plan(
         cards: Nominal sizes, GB.
         host_GB: Memory of the host that `offload` may pin; None: as much as it takes.
         notes: Handed on.
+        memory_GB: `fused_memory_gb`: `auto` with this budget, too.
     """
     times = relative_times(workload)
     predictions = []
@@ -221,4 +308,7 @@ def plan(
         }
         for mode in ALL_MODES
     }
-    return Plan(workload, tuple(predictions), longest, host_GB, tuple(notes))
+    auto = [_auto(workload, card, False) for card in cards]
+    if memory_GB is not None:
+        auto.append(_auto(workload, memory_GB, True))
+    return Plan(workload, tuple(predictions), tuple(auto), longest, host_GB, tuple(notes))

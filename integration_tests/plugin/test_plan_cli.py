@@ -64,24 +64,43 @@ def test_a_geometry_by_name(tmp_path: Path) -> None:
         "8-bit AdamW" in " ".join(result.output.split())  # fmt: skip
     assert "A prediction, not a measurement." in result.output
     rows = cells(result.output)
-    names = ["off", "selective", "offload", "trainer's checkpointing", "≈ stock, checkpointing"]
+    names = ["off", "selective", "offload", "≈ stock, checkpointing"]
     bodies = [row for row in rows if row[0] in names]
     assert [row[0] for row in bodies] == names * 2
     content = json.loads(file.read_text("utf-8"))
     assert (content["model"], content["layers"], content["tokens"]) == ("llama-3.2-1b", 16, 1000)
     assert [one["mode"] for one in content["modes"]] == list(ALL_MODES)
-    for one, row in zip(content["modes"], bodies[:5], strict=True):
+    for one, row in zip(content["modes"], bodies[:4], strict=True):
         assert list(one["parts"]) == list(PARTS)
         assert sum(one["parts"].values()) == one["peak_bytes"]
         assert row[1:8] == [f"{x / 1e9:.2f}" for x in (one["peak_bytes"], *one["parts"].values())]
     assert content["modes"][0]["relative_time"] == 1
     assert content["modes"][-1]["relative_time"] is None
-    for mode, row in zip(ALL_MODES, bodies[5:], strict=True):
+    for mode, row in zip(ALL_MODES, bodies[4:], strict=True):
         longest = content["longest_tokens"][mode]
         assert list(longest) == [str(card) for card in CARDS]
         assert [cell.removeprefix("✓ ") for cell in row[1:]] == [f"{n:,}" for n in longest.values()]
         assert all(cell.startswith("✓ ") == (n >= 1000) for cell, n in
                    zip(row[1:], longest.values(), strict=True))  # fmt: skip
+
+
+def test_what_auto_chooses(write: Any, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    options = ("--tokens", "8192", "--batch", "4", "--json", str(file))
+    result = invoke("llama-3.1-8b", *options, "--memory", "30")
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text("utf-8"))["auto"]
+    rows = cells(result.output)
+    for one, name in zip(
+        found, [*(f"{card} GB" for card in CARDS), "fused_memory_gb 30"], strict=True
+    ):
+        (row,) = [row for row in rows if row[0] == name]
+        assert row[1] == ", ".join(f"{count} {mode}" for mode, count in one["layers"].items())
+        assert row[2] == ("✓ " if one["fits"] else "") + f"{one['peak_bytes'] / 1e9:.2f}"
+        assert row[4] == f"{one['relative_time']:.2f}"
+    yaml_file = write(fused=True, fused_memory_gb=3)
+    assert "fused_memory_gb 3 " in invoke(yaml_file).output
+    assert "fused_memory_gb 2 " in invoke(yaml_file, "--memory", "2").output
 
 
 def test_a_yaml_and_what_comes_before_it(write: Any, model_dir: Path) -> None:
@@ -201,6 +220,7 @@ def test_settings_that_are_refused(write: Any, settings: dict[str, Any], message
         (["tiny", "--targets", " , "], "names nothing; give names, as in q_proj,v_proj"),
         (["tiny", "--targets", "query"], "--targets query names no linear layer of tiny"),
         (["tiny", "--targets", "(a|"], "nor a regular expression: missing ), unterminated"),
+        (["tiny", "--memory", "-1"], "--memory -1: give the GB that auto may plan for"),
         (["tiny", "--host", "0"], "--host 0: give the GB that offload may pin"),
         (["tiny", "--json", "no/such/plan.json"], "--json no/such/plan.json: there is no folder"),
     ],

@@ -4,12 +4,19 @@ The steps run on the CPU with the real autograd Functions, the real engine and t
 them; the Triton launchers are replaced by what they allocate, because their torch references, which
 a CPU would run, have temporaries of their own. So what is tested is which tensors are alive
 together, not what is in them.
+
+`offload` copies nothing on a CPU. Here the real `Offloader` is told that it is on a GPU, with
+streams and events that do nothing and a host whose memory is not counted: which tensors it lets go
+of when, and when their copies come back, is its own code. That the copies are done in time, and
+what the caching allocator makes of a second stream, only a GPU can show
+(`integration_tests/gpu/memory_points.py`).
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -23,24 +30,25 @@ from lorafuse import FuseConfig, fuse
 from lorafuse.kernels import linear_cross_entropy, lora_linear, lora_mlp, lora_qkv, rms_norm, rope
 from lorafuse.kernels.glu_adapters import GluAdapterGradients
 from lorafuse.kernels.lora_linear import fold_alignment
+from lorafuse.patches import checkpointing, offload, recomputation
+from lorafuse.patches.checkpointing import MODES, OFF, OFFLOAD, SELECTIVE
+from lorafuse.plugin import plan_memory
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.bench_model import base_model
-from lorafuse.plugin.errors import FuseConfigError
 from lorafuse.plugin.geometries import Model
 from lorafuse.plugin.plan_groups import Workload
 from lorafuse.plugin.plan_memory import (
     _CUBLAS_BYTES,
+    Step,
     adapter_bytes,
     optimizer_bytes,
     weight_bytes,
 )
 from lorafuse.plugin.plan_model import model_shape
-from lorafuse.plugin.planner import predict
 
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 768,
-    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
@@ -89,8 +97,11 @@ def launchers_that_only_allocate() -> Iterator[None]:
     def norm_fwd(x: Tensor, *_: Any, **__: Any) -> Tensor:
         return empty(*x.shape[:-1])
 
-    def norm_bwd(dy: Tensor, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        return torch.empty_like(x), None
+    def norm_bwd(
+        dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, around: Tensor | None,
+        need_dweight: bool, out: Tensor | None = None,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        return torch.empty_like(x) if out is None else out, None
 
     def glu_bwd(
         gate: Tensor, up: Tensor, dm: Tensor, activation: str, *factors: Tensor | None
@@ -110,8 +121,8 @@ def launchers_that_only_allocate() -> Iterator[None]:
 
     stand_ins = {
         lora_linear: {
-            "rms_norm_fwd": norm_fwd, "dequantise": nothing, "block_diagonal": nothing,
-            "stack": nothing, "mm_fp32": mm,
+            "rms_norm_fwd": norm_fwd, "dequantise": nothing, "dequantise_rows": nothing,
+            "block_diagonal": nothing, "stack": nothing, "mm_fp32": mm,
         },
         lora_mlp: {
             "glu_fwd": nothing, "glu_bwd_adapters_": glu_bwd, "rms_norm_bwd": norm_bwd,
@@ -128,52 +139,97 @@ def launchers_that_only_allocate() -> Iterator[None]:
         yield
 
 
-def config_of(mode: str) -> FuseConfig:
-    """The flags of a mode; `checkpointing` is the trainer's own."""
-    if mode == "checkpointing":
-        return FuseConfig()
-    try:
-        return FuseConfig(fused_checkpointing=mode)
-    except FuseConfigError:
-        if mode == "off":
-            return FuseConfig()
-        pytest.skip(f"this version has no fused_checkpointing: {mode}")
+class NoStream:
+    """A stream, and its events."""
+
+    def record_event(self) -> "NoStream":
+        return self
+
+    def wait_event(self, event: "NoStream") -> None:
+        pass
+
+
+class Host(offload._Pool):
+    """Buffers that torch's dispatcher does not see made."""
+
+    def get(self, nbytes: int) -> Tensor:
+        return torch.from_numpy(np.empty(nbytes, np.uint8))
+
+
+class OffloaderAsOnGpu(offload.Offloader):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.on_gpu, self.stream, self.pool = True, NoStream(), Host()
+
+
+@pytest.fixture(autouse=True)
+def no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's attention has its temporaries within the kernel."""
+    monkeypatch.setattr(plan_memory, "attention_workspace", lambda *_: 0)
+
+
+@pytest.fixture(autouse=True)
+def offloading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, and also what is smaller than 8 MiB."""
+    monkeypatch.setattr(checkpointing, "Offloader", OffloaderAsOnGpu)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: NoStream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda *_: nullcontext())
+    monkeypatch.setattr(recomputation, "SMALL_BYTES", 2**14)
 
 
 def measured(
-    config: PretrainedConfig, quant: str, shapes: Sequence[tuple[int, int]], mode: str
-) -> list[int]:
-    """By (batch, tokens), bytes at the peak of a step, beside weights and adapters."""
-    flags = config_of(mode)
+    config: PretrainedConfig, quant: str, shapes: Sequence[tuple[int, int]], modes: Sequence[str]
+) -> list[tuple[int, int]]:
+    """By (batch, tokens), bytes at the peak of a step, beside weights and adapters; on the host."""
     job = Job("lorafuse", "small", None, quant, 8, 1, 2, 1, False, 1, "sdpa", "cpu")
     base = base_model(Model("small", config, None), job)
     lora = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model: Any = get_peft_model(base, lora).train()
-    if mode == "checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    report = fuse(model, flags).to_dict()["operations"]
-    assert report["lora_mlp"]["fused"] == 3 and report["cross_entropy"]["fused"] == 1
+    fused = fuse(model, FuseConfig(fused_checkpointing="selective"))
+    report = fused.to_dict()["operations"]
+    layers = config.num_hidden_layers
+    assert report["lora_mlp"]["fused"] == layers and report["cross_entropy"]["fused"] == 1
+    engine = fused.checkpointing
+    engine.begin = lambda _: setattr(engine, "modes", list(modes))
     peaks = []
     for shape in shapes:
+        engine._offloader = None
         with launchers_that_only_allocate(), Allocations() as allocations:
             ids = torch.randint(3, config.vocab_size, shape)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(input_ids=ids, labels=ids.clone(), use_cache=False).loss
             loss.backward()
-        peaks.append(allocations.peak)
+        host = 0 if engine._offloader is None else engine._offloader.host_bytes
+        peaks.append((allocations.peak, host))
         model.zero_grad(set_to_none=True)
         del loss
     return peaks
 
 
-def planned(config: PretrainedConfig, quant: Any, batch: int, tokens: int, mode: str) -> int:
+def planned(
+    config: PretrainedConfig, quant: Any, batch: int, tokens: int, modes: Sequence[str]
+) -> tuple[int, int]:
     workload = Workload(
         model_shape("small", config), tokens, batch, rank=8, quant=quant,
         fold_alignment=fold_alignment(torch.device("cpu")),
     )  # fmt: skip
     at_rest = weight_bytes(workload) + adapter_bytes(workload) + optimizer_bytes(workload)
-    return predict(workload, mode).peak_bytes - at_rest - _CUBLAS_BYTES
+    memory = Step(workload, modes).run()
+    return memory.peak_bytes - at_rest - _CUBLAS_BYTES, memory.host_bytes
+
+
+SHAPES = ((2, 96), (1, 512))
+
+
+def check(family: str, quant: str, words: int, modes: Sequence[str], layers: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = FAMILIES[family](**SIZES, vocab_size=words, num_hidden_layers=layers)
+    for (batch, tokens), (real, host) in zip(
+        SHAPES, measured(config, quant, SHAPES, modes), strict=True
+    ):
+        found, found_host = planned(config, quant, batch, tokens, modes)
+        assert found == pytest.approx(real, rel=0.01), (batch, tokens, found / real - 1)
+        assert found_host == host
 
 
 # A small vocabulary has the peak in an MLP's backward, a large one at the loss.
@@ -187,13 +243,28 @@ def planned(config: PretrainedConfig, quant: Any, batch: int, tokens: int, mode:
         ("gemma2", "nf4", 128),
     ],
 )
-@pytest.mark.parametrize("mode", ["off", "selective", "checkpointing"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_real_step_allocates_what_is_planned(
     family: str, quant: str, mode: str, words: int
 ) -> None:
-    pytest.importorskip("bitsandbytes")
-    config = FAMILIES[family](**SIZES, vocab_size=words)
-    shapes = ((2, 96), (1, 512))
-    for (batch, tokens), real in zip(shapes, measured(config, quant, shapes, mode), strict=True):
-        found = planned(config, quant, batch, tokens, mode)
-        assert found == pytest.approx(real, rel=0.01), (batch, tokens, found / real - 1)
+    check(family, quant, words, [mode] * 5, 5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD])
+def test_an_mlp_in_tiles(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpointing, "TILE_ROWS", {SELECTIVE: 130, OFFLOAD: 60})
+    check(family, "nf4", 128, [mode] * 5, 5)
+
+
+@pytest.mark.parametrize(
+    "modes",
+    [
+        [SELECTIVE] * 2 + [OFF] * 3,
+        [OFFLOAD] * 3 + [SELECTIVE] * 3,
+        [OFFLOAD] + [SELECTIVE] * 3,
+    ],
+    ids=lambda modes: ",".join(modes),
+)
+def test_layers_in_two_modes(modes: list[str]) -> None:
+    check("llama", "nf4", 128, modes, len(modes))
