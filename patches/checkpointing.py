@@ -139,10 +139,14 @@ class LayerSizes:
         again = mode != OFF
         behind = H * self.norms_behind
         gate_up = rows * (self.gate_up + f_gate_up) if again else 0
-        in_tile = max(
-            rows * (H + f_gate_up) + W_gate_up,  # x, and gate/up's GEMM, or that of dx
-            rows * (inner + f_down) + W_down,  # m or dm
-        )
+        # What is written once for several products: W of gate/up, of down too with several tiles.
+        keeps = rows >= H and (again or tiles > 1)
+        first = (self.gate_up + f_gate_up) * (H + f_gate_up) if keeps else 0
+        second = (H + f_down) * (inner + f_down) if keeps and tiles > 1 else 0
+        in_tile = first + second + max(
+            rows * (H + f_gate_up) + (0 if first else W_gate_up),  # x, and the GEMM, or that of dx
+            rows * (inner + f_down) + (0 if second else W_down),  # m or dm
+        )  # fmt: skip
         block = T * (N + self.rotated + 2 * H + behind) if again else T * H
         forward = max(
             block + gate_up + in_tile,
@@ -223,9 +227,11 @@ def step_bytes(
         backward.append(kept + before + own + working[1] + gradients)
         before = own
         gradients -= 0 if accumulates else one.gradients
-    leaving = sum(taken[-2:])  # on the GPU until the next step
+    leaving = sum(taken[-2:])  # on the GPU until backward fetches the first one back
+    reach = max((i for i, mode in enumerate(modes[:-1]) if mode == OFFLOAD), default=last)
     head = kept + layers[-1].head(tokens, vocabulary, itemsize)
-    return max(most, leaving + max(head, *backward))
+    before_fetching = [*backward[reach + 2 :], head]
+    return max(most, leaving + max(before_fetching), *backward)
 
 
 def plan(

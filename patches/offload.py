@@ -72,6 +72,13 @@ class Offloader:
             torch.cuda.current_stream(self.device).wait_event(done)
         self._layer.append(0)
 
+    def drain(self) -> None:
+        """Backward begins to fetch: the last layers' tensors are freed, too."""
+        while self._leaving:
+            done, _tensor = self._leaving.popleft()
+            torch.cuda.current_stream(self.device).wait_event(done)
+        self._layer = deque([0, 0])
+
     def take(self, tensor: Tensor) -> "HostCopy":
         """Starts the copy of `tensor`'s whole storage to the host."""
         storage = tensor.untyped_storage()
@@ -106,7 +113,7 @@ class HostCopy:
         if self.device_copy is not None:
             return
         stream = self.offloader.stream
-        assert stream is not None
+        self.offloader.drain()
         self.device_copy = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
         # The memory may have been another tensor's until just now.
         stream.wait_event(torch.cuda.current_stream(self.device).record_event())

@@ -194,6 +194,11 @@ class GroupShape:
         plain = BF16 * max(self.outs) * self.K if self.quantised else 0
         return plain + BF16 * self.N * self.fold_forward  # and sB [N, F]
 
+    @property
+    def kept_weight_bytes(self) -> int:
+        """One buffer for both GEMMs: [N + F, K + F]."""
+        return BF16 * (self.N + self.fold_backward) * (self.K + self.fold_forward)
+
     def backward_weight_bytes(self, folds: bool) -> int:
         """The same of dX's GEMM: [N + F, K], one W_i, or none."""
         if folds:

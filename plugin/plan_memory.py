@@ -198,6 +198,7 @@ class Step:
         self.layers = [(layer, workload.groups(layer)) for layer in workload.model.layers]
         self.on_host: dict[int, dict[str, int]] = {}  # of each layer that `offload` has taken from
         self.leaving: list[list[str]] = [[], []]  # by layer: on their way to the host
+        self.keeps: set[str] = set()  # groups whose W is written once for several products
 
     def run(self) -> Memory:
         """Goes through the step."""
@@ -258,7 +259,8 @@ class Step:
         Also what is computed again later stays until the layer ends: its `Tape` holds it.
         """
         if self.offloads(i):
-            self.ledger.drop(*self.leaving.pop(0))
+            # The embedding's output is a local variable of the model's forward, too.
+            self.ledger.drop(*(name for name in self.leaving.pop(0) if name != "h 0 leaving"))
             self.leaving.append([])
         self.qkv(i, layer, groups.qkv)
         self.attention(i, layer)
@@ -306,7 +308,8 @@ class Step:
     def mlp(self, i: int, layer: LayerShape, groups: LayerGroups) -> None:
         """Its output first, then tile by tile; gate/up stay in `off` alone."""
         T, ledger, first, second = self.T, self.ledger, groups.gate_up, groups.down
-        _, rows = self.tile(i)
+        count, rows = self.tile(i)
+        self.keeps = {"first", "second"} if count > 1 and rows >= first.K else set()
         out = ("d", i) if layer.post_norms else ("h", i + 1)
         self.hold(*out, BF16 * T * second.N)
         for name, width in (("gA", first.fold_forward), ("mA", second.fold_forward)):
@@ -317,8 +320,8 @@ class Step:
         ledger.hold("m", BF16 * rows * (second.K + (second.fold_forward if folds else 0)))
         if self.modes[i] != OFF:
             ledger.drop(f"gu {i}")
-        ledger.brief(second.forward_weight_bytes(folds))
-        ledger.drop("m")
+        self.weight("second", second, second.forward_weight_bytes(folds))
+        ledger.drop("m", "W first", "W second")
         if layer.post_norms:
             self.hold("d rstd", i, FP32 * T)
             self._post_norm("h", i + 1, second.N)
@@ -329,8 +332,15 @@ class Step:
         folds = group.folds_forward(rows, copies_input=False)
         ledger.hold("x", BF16 * rows * (group.K + (group.fold_forward if folds else 0)))
         self.hold("gu", i, BF16 * rows * (group.N + group.gradient_room(rows)))
-        ledger.brief(group.forward_weight_bytes(folds))
+        self.weight("first", group, group.forward_weight_bytes(folds))
         ledger.drop("x")
+
+    def weight(self, name: str, group: GroupShape, size: int) -> None:
+        """W for one product, or what is kept of it for the others."""
+        if name not in self.keeps:
+            self.ledger.brief(size)
+        elif f"W {name}" not in self.ledger.live:
+            self.ledger.hold(f"W {name}", group.kept_weight_bytes)
 
     def _project(
         self, i: int, group: GroupShape, out: str, elements: int, low: str, *,
@@ -376,9 +386,7 @@ class Step:
                 ledger.drop(f"{name} {i}")
                 ledger.hold(f"{name} {i} leaving", size, KEPT)
         self.host_bytes += sum(taken.values())
-        # The embedding's output is a local variable of the model's forward.
-        held = [f"{name} {i} leaving" for name in taken if (name, i) != ("h", 0)]
-        self.leaving[-1] = held
+        self.leaving[-1] = [f"{name} {i} leaving" for name in taken]
 
     def head(self) -> None:
         """Final norm, head and loss, forward and backward."""
@@ -387,7 +395,8 @@ class Step:
         last = len(self.layers)
         ledger.hold("final rstd", FP32 * T, KEPT)
         ledger.hold("final x", BF16 * T * H)
-        ledger.drop("h 0 leaving")
+        if not any("h 0 leaving" in names for names in self.leaving):
+            ledger.drop("h 0 leaving")
         ledger.hold("dX", BF16 * N * H, LOSS)
         ledger.hold("rows", _INT64 * N, LOSS)
         chunk = min(chunk_rows(N, V, BF16, _LOGIT_BYTES), N)
@@ -425,6 +434,7 @@ class Step:
         for j in (i, i - 1):  # the layer before comes back while this one is computed
             for name, size in self.on_host.get(j, {}).items():
                 if f"{name} {j}" not in ledger.live:
+                    ledger.drop(*(gone for names in self.leaving for gone in names))
                     ledger.hold(f"{name} {j}", size, KEPT)
         ledger.moment = f"backward of layer {i + 1}'s MLP"
         if layer.post_norms:  # through the norm; what came goes around it
@@ -453,6 +463,11 @@ class Step:
         count, rows = self.tile(i)
         has_room = second.gradient_room(rows) > 0
         room_for_o = 0 if layer.post_norms else groups.o.gradient_room(T)
+        self.keeps = set()
+        if rows >= first.K:
+            self.keeps = ({"first"} if again else set()) | (
+                {"first", "second"} if count > 1 else set()
+            )
         for tile in range(min(count, 3)):  # those behind are as the third
             if again:
                 ledger.hold("again", (FP32 + BF16 * first.fold_forward) * rows)
@@ -461,21 +476,21 @@ class Step:
             if not has_room:
                 ledger.hold("G", BF16 * rows * second.fold_backward)
             ledger.hold("dm", BF16 * rows * second.K)
-            ledger.brief(second.backward_weight_bytes(has_room))
+            self.weight("second", second, second.backward_weight_bytes(has_room))
             self.gradients(i, groups, "mlp", more=tile > 0)
             ledger.drop("G", "dm")
             folds = first.folds_backward(rows, copies_input=False)
             if not folds:
                 ledger.hold("G", BF16 * rows * first.fold_backward)
             ledger.hold("dx", BF16 * rows * H)
-            ledger.brief(first.backward_weight_bytes(folds))
+            self.weight("first", first, first.backward_weight_bytes(folds))
             ledger.drop("G")
             if again:
                 ledger.drop(f"gu {i}")
             if tile == 0:
                 ledger.hold("dh2", BF16 * T * (H + room_for_o))
             ledger.drop("dx")
-        ledger.drop("more gradients", "dd", f"gu {i}", f"dh {i + 1}")
+        ledger.drop("W first", "W second", "more gradients", "dd", f"gu {i}", f"dh {i + 1}")
         self.release(i, *_OF_MLP)
         if not (again and layer.post_norms):  # there the stage keeps it until `a` is asked for
             ledger.drop(f"h2 {i}")
