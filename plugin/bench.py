@@ -104,6 +104,7 @@ def run(
     rounds: int,
     skipped: dict[str, str],
     progress: Progress = lambda label, stage: None,
+    save: Callable[[Results], None] = lambda so_far: None,
 ) -> Results:
     """Runs each system once a round. One that ends badly is left out of the later rounds.
 
@@ -113,6 +114,7 @@ def run(
         rounds: At least 1.
         skipped: For the results only.
         progress: Told what happens now.
+        save: Given what is known after each process: a run that is cut short loses one system.
 
     Raises:
         FuseConfigError: The job cannot work on this machine.
@@ -127,12 +129,20 @@ def run(
                 this = replace(job, system=name, profile=job.profile if i == rounds - 1 else 0)
                 label = f"round {i + 1} of {rounds}, {name}"
                 run_worker(this, found[name], partial(progress, label))
-    skipped = dict(skipped)
-    for name, one in list(found.items()):
-        if one.status == "unsupported":
-            skipped[name] = one.error
-            del found[name]
-    return Results(job, rounds, found, skipped, count, allocator_setting(), datetime.now(UTC))
+                save(_results(job, rounds, found, skipped, count))
+    return _results(job, rounds, found, skipped, count)
+
+
+def _results(
+    job: Job, rounds: int, found: dict[str, SystemResult], skipped: dict[str, str], count: int
+) -> Results:
+    """Of the systems that have run by now."""
+    ran = {name: one for name, one in found.items() if one.rounds or one.status != "ok"}
+    unsupported = {name: one.error for name, one in ran.items() if one.status == "unsupported"}
+    ran = {name: one for name, one in ran.items() if name not in unsupported}
+    return Results(
+        job, rounds, ran, skipped | unsupported, count, allocator_setting(), datetime.now(UTC)
+    )
 
 
 def run_worker(

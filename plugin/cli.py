@@ -165,7 +165,8 @@ def bench(
         if plot is not None:
             check_plot(plot)
         with _progress() as progress:
-            results = run(job, chosen, rounds, skipped, progress)
+            keep = [] if json is None else [lambda so_far: _write_json(json, so_far.to_dict())]
+            results = run(job, chosen, rounds, skipped, progress, *keep)
     except FuseConfigError as error:
         _fail(error)
     for line in lines_above(results):

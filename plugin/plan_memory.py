@@ -17,7 +17,8 @@ What stays from forward to backward, a layer, in bytes a token (`off`):
 then the MLP in tiles of `TILE_ROWS` tokens, gate/up of one tile at a time; q/k/v when attention
 asks for them. `offload` keeps the same, what is `SMALL_BYTES` or more on the host: a layer's is
 freed when the next but one begins, and fetched when backward reaches the layer behind it. Those
-that no further layer frees, of the last two layers offloaded, stay on the GPU until the next step.
+that no further layer frees, of the last two layers offloaded, stay until backward fetches the first
+one. The table of embeddings lies on the host as well, unless it is the head's.
 
 dh of a layer lies in a buffer with room for G of the down projection that reads it, dh2 for o's
 (`kernels.gradient_room`). Norms on heads (Qwen3) keep q and k before and after; norms behind the
@@ -29,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lorafuse.kernels.linear_cross_entropy import chunk_rows
-from lorafuse.patches import checkpointing, recomputation
+from lorafuse.patches import checkpointing, host_memory, recomputation
 from lorafuse.patches.checkpointing import MODES, OFF, OFFLOAD, SELECTIVE
 from lorafuse.plugin.plan_groups import BF16, FP32, GroupShape, LayerGroups, Workload
 from lorafuse.plugin.plan_model import LayerShape
@@ -184,6 +185,7 @@ class Step:
 
     def __init__(self, workload: Workload, modes: str | Sequence[str]) -> None:
         count = len(workload.model.layers)
+        self.mode = modes if isinstance(modes, str) else None
         self.modes = [modes] * count if isinstance(modes, str) else list(modes)
         for mode in self.modes:
             if mode not in MODES:
@@ -220,7 +222,9 @@ class Step:
     def begin(self) -> None:
         """What is there when the first layer is called."""
         ledger, workload = self.ledger, self.workload
-        ledger.hold("weights", weight_bytes(workload), WEIGHTS)
+        on_host = self.embeddings_on_host()
+        self.host_bytes += on_host
+        ledger.hold("weights", weight_bytes(workload) - on_host, WEIGHTS)
         ledger.hold("adapters", adapter_bytes(workload), ADAPTERS)
         ledger.hold("states", optimizer_bytes(workload), OPTIMIZER)
         ledger.hold("cuBLAS workspaces", _CUBLAS_BYTES)
@@ -235,6 +239,14 @@ class Step:
         if workload.documents > 1:
             ledger.hold("attention mask", workload.batch * workload.tokens**2)
         ledger.hold("h 0", BF16 * self.T * workload.model.hidden, KEPT)
+
+    def embeddings_on_host(self) -> int:
+        """Bytes of the table that the mode `offload` moves to the host, and `auto` does not.
+
+        See `patches.host_memory`.
+        """
+        size = BF16 * self.workload.model.embeddings
+        return size if self.mode == OFFLOAD and size >= host_memory.LEAST_BYTES else 0
 
     # --- forward -------------------------------------------------------------------------------
 

@@ -81,6 +81,7 @@ class ModelShape:
         hidden, vocabulary: of the head [vocabulary, hidden].
         parameters: all of them, a tied head counted once.
         longest: positions that the model was made for; 0: it does not say.
+        embeddings: elements of an input embedding that is no head as well; 0: there is none.
     """
 
     name: str
@@ -89,6 +90,7 @@ class ModelShape:
     vocabulary: int
     parameters: int
     longest: int = 0
+    embeddings: int = 0
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -124,7 +126,15 @@ def model_shape(name: str, config: PretrainedConfig, trust_remote_code: bool = F
         vocabulary=int(head.out_features),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         longest=int(getattr(text, "max_position_embeddings", 0) or 0),
+        embeddings=_separate_embeddings(model),
     )
+
+
+def _separate_embeddings(model: Any) -> int:
+    """Elements of the input embeddings' table, 0 where the head or another module shares it."""
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    holders = sum(own is table for m in model.modules() for own in m.parameters(recurse=False))
+    return int(table.numel()) if table is not None and holders == 1 else 0
 
 
 def _stack(model: nn.Module, text: PretrainedConfig) -> list[tuple[str, nn.Module]]:

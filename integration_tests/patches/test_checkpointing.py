@@ -144,13 +144,16 @@ def test_only_the_input_and_attentions_output_are_kept(family, make_peft, tokens
 
 
 def test_nothing_outlives_the_step(make_peft, step) -> None:
+    kinds = recomputation.Stage | offload.HostCopy | recomputation.Tape
     model = make_peft("llama")
     apply(model, ALL, checkpointing=OFFLOAD)
+    gc.collect()
+    before = [o for o in gc.get_objects() if isinstance(o, kinds)]  # of tests that have failed
+    known = {id(o) for o in before}
     step(model)
     gc.collect()
-    alive = [o for o in gc.get_objects() if isinstance(o, recomputation.Stage | offload.HostCopy)]
-    tapes = [o for o in gc.get_objects() if isinstance(o, recomputation.Tape)]
-    assert not alive and len(tapes) <= 1
+    after = [o for o in gc.get_objects() if isinstance(o, kinds) and id(o) not in known]
+    assert [type(o) for o in after] in ([], [recomputation.Tape])
 
 
 def test_an_adapter_that_changed_meanwhile_is_an_error(make_peft, tokens) -> None:

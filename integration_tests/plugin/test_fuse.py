@@ -35,6 +35,7 @@ def test_a_fused_model_computes_what_the_stock_one_does(llama) -> None:
         "cross_entropy": 1,
         "rms_norm": 5,
         "rope": 2,
+        "checkpointing": 2,
     }
     fused_loss, fused_gradients = step(llama)
     assert all(one.called == one.fused for one in report.operations().values())

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "gpu" / "memory_points.py"
+MEASURED = SCRIPT.with_name("memory_points_h100.json")
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +27,26 @@ def test_tiny_steps_run(script: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "points.json"
     assert script.main(["--smoke", "--device", "cpu", "--json", str(file)]) == 0
     content = json.loads(file.read_text("utf-8"))
-    assert len(content["points"]) == 8 and content["gpu"] is None
+    assert len(content["points"]) == 6 and content["gpu"] is None
     for one in content["points"]:
         assert one["predicted_bytes"] == sum(one["parts"].values())
         assert one["measured_bytes"] is None
-        if one["mode"] in ("off", "checkpointing"):
-            assert one["said"] == ""
+        assert one["said"] == ""
+
+
+def test_the_planner_still_predicts_what_was_measured(script: ModuleType) -> None:
+    """Of an H100's peaks, at most 3 % off; lorafuse promises 5."""
+    content = json.loads(MEASURED.read_text("utf-8"))
+    assert "H100" in content["gpu"] and len(content["points"]) >= 20
+    shapes = {}
+    for one in content["points"]:
+        key = one["model"], one["layers"]
+        if key not in shapes:
+            shapes[key] = script.model_shape(key[0], script.find_model(key[0], key[1]).config)
+        case = script.Case(one["model"], one["layers"], one["quant"], {})
+        where = (one[name] for name in ("rank", "batch", "tokens", "mode"))
+        point = script.predicted(case, shapes[key], *where)
+        assert point.predicted_bytes == pytest.approx(one["measured_bytes"], rel=0.03), point.line()
 
 
 def test_there_are_enough_points(script: ModuleType, tmp_path: Path) -> None:
