@@ -123,6 +123,21 @@ class _OnHost:
         return self.place.within(self.copy.on_device(), self.copy.device)
 
 
+class _Here:
+    """In a graph, in place of a tensor that stays: torch's own check is for bare tensors only."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.kept, self.version = tensor, tensor._version
+
+    def tensor(self) -> Tensor:
+        if self.kept._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.kept.shape)} that backward needs was changed in "
+                "place after a fused decoder layer had read it"
+            )
+        return self.kept
+
+
 class Tape:
     """One call of one layer. A context: what autograd saves within goes through it.
 
@@ -218,7 +233,7 @@ class Tape:
             or address in self._shared
             or tensor.device != self.offloader.device  # as the seeds of FlashAttention
         ):
-            return tensor
+            return _Here(tensor)
         if address not in self.copies:
             self._held.append(tensor)
             self.copies[address] = self.offloader.take(tensor)
@@ -226,7 +241,7 @@ class Tape:
 
 
 def _unpack(packed: Any) -> Tensor:
-    if isinstance(packed, _Again | _OnHost):
+    if isinstance(packed, _Again | _OnHost | _Here):
         return packed.tensor()
     tensor: Tensor = packed
     return tensor

@@ -6,8 +6,9 @@ its gradients are thrown away, those of the micro-batches before it are not touc
 draws the same masks. The plan stays at the cheaper mode from then on.
 """
 
+import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,8 +55,8 @@ class StepRepeater:
                 for p in trained:
                     p.grad = None
             try:
-                # Trainers take labels and the like out of the dict that they are given.
-                given = dict(inputs) if isinstance(inputs, dict) else inputs
+                # Trainers take labels and the like out of the mapping that they are given.
+                given = copy.copy(inputs) if isinstance(inputs, Mapping) else inputs
                 loss = self._step(model, given, *args, **kwargs)
                 break
             except torch.OutOfMemoryError as error:

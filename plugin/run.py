@@ -153,9 +153,10 @@ class RunCallback(TrainerCallback):
             )
         if report.config.fused_checkpointing != "auto":
             return
-        # The others would wait for a rank that starts anew.
+        # The others would wait for a rank that starts anew; DeepSpeed keeps gradients of its own.
         trainer = next((one for one in _callers() if isinstance(one, Trainer)), None)
-        if args.world_size == 1 and trainer is not None and self._repeater is None:
+        alone = args.world_size == 1 and not getattr(trainer, "is_deepspeed_enabled", False)
+        if alone and trainer is not None and self._repeater is None:
             self._repeater = StepRepeater(trainer, checkpointing)
 
     def _go_first(self) -> None:

@@ -112,10 +112,10 @@ def counting(device: torch.device) -> Iterator[Callable[[], int]]:
 
     def note(tape, tensor):
         packed = pack(tape, tensor)
-        if isinstance(packed, Tensor) and not isinstance(packed, torch.nn.Parameter):
-            storage = packed.untyped_storage()
-            storages[storage.data_ptr()] = packed, storage.nbytes()
-            seen.append(packed)
+        if isinstance(packed, recomputation._Here):
+            storage = packed.kept.untyped_storage()
+            storages[storage.data_ptr()] = packed.kept, storage.nbytes()
+            seen.append(packed.kept)
         return packed
 
     recomputation.Tape._pack = note
@@ -165,6 +165,20 @@ def test_an_adapter_that_changed_meanwhile_is_an_error(make_peft, tokens) -> Non
             if parameter.requires_grad:
                 parameter.add_(1)
     with pytest.raises(RuntimeError, match=r"changed between forward and backward|inplace"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", [OFF, SELECTIVE])
+def test_an_input_that_changed_meanwhile_is_an_error(mode, make_peft, tokens) -> None:
+    model = make_peft("llama")
+    fused = apply(model, ALL, checkpointing=mode)
+    inputs = []
+    layer = fused.checkpointing.layers[1].module
+    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    loss = model(input_ids=tokens, labels=tokens).loss
+    with torch.no_grad():
+        inputs[0].add_(1)
+    with pytest.raises(RuntimeError, match=r"changed in place|inplace"):
         loss.backward()
 
 

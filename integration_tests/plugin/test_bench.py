@@ -140,17 +140,22 @@ def test_rounds_turn_around_and_leave_out_what_failed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(bench, "run_worker", one)
     monkeypatch.setattr(bench, "check_machine", lambda job: 1)
     told: list[str] = []
+    saved: list[dict[str, Any]] = []
     results = bench.run(
         replace(JOB, profile=3),
         ["stock", "lorafuse", "liger", "axolotl"],
         2,
         {},
         lambda label, stage: told.append(f"{label}: {stage}"),
+        lambda so_far: saved.append(so_far.to_dict()),
     )
     assert ran == [
         ("stock", 0), ("lorafuse", 0), ("liger", 0), ("axolotl", 0), ("lorafuse", 3), ("stock", 3),
     ]  # fmt: skip
     assert told[-1] == "round 2 of 2, stock: step"
+    # A run that is cut short has what was measured until then.
+    assert [len(one["systems"]) for one in saved] == [1, 2, 3, 3, 3, 3]
+    assert saved[-1]["systems"] == results.to_dict()["systems"]
     assert results.skipped == {"axolotl": "no kernels"} and not results.complete
     assert list(results.systems) == ["stock", "lorafuse", "liger"]
 
