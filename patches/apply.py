@@ -5,6 +5,7 @@ its projections alone), MLP, norms. What is fused, at which level, and why the r
 recorded per operation and module.
 """
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -108,6 +109,14 @@ class FusedModel:
     binding: Binding = field(default_factory=Binding)
     fp8_noise: Fp8Noise | None = None
     checkpointing: Checkpointing | None = None
+
+    def masks(self) -> dict[str, int]:
+        """What became of attention masks: how many calls of attention went which way."""
+        ways: Counter[str] = Counter()
+        for forward in self.binding.forwards():
+            if isinstance(forward, FusedDecoderLayer | FusedAttention):
+                ways += forward.attention.ways
+        return dict(ways)
 
     def unfuse(self) -> None:
         """Restores every module's forward exactly; raises RuntimeError where that is impossible."""

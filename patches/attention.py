@@ -8,6 +8,7 @@ theirs.
 
 import importlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -41,6 +42,12 @@ _BACKENDS = [
 ]
 
 
+# What a batch's mask became.
+CAUSAL = "plain causal attention, its mask saying no more"
+DOCUMENTS = "attention within each document, without the mask"
+MASK = "attention with a dense mask"
+
+
 class AttentionReader:
     """Attention as described, computed by the kernels around the model's own attention function.
 
@@ -71,6 +78,8 @@ class AttentionReader:
         self.round_products = rounds_rope_products(self.module, interleaved)
         self.backend = backend
         self.extras = _extra_arguments(self.module)
+        # What became of the masks of so many calls: CAUSAL, DOCUMENTS or MASK.
+        self.ways: Counter[str] = Counter()
         attention_function(self.module)  # raises where there is none
 
     def linear_groups(self) -> list[Sequence[Any]]:
@@ -140,11 +149,14 @@ class AttentionReader:
         if cache is None and self.backend == "auto":
             layout, own = self.layout(q, attention_mask, kwargs, function)
             if layout is not None and layout.plain:
+                self.ways[CAUSAL] += attention_mask is not None
                 attention_mask, function = None, own
             elif layout is not None and serves(q):
+                self.ways[DOCUMENTS] += 1
                 q, k, v = (x.flatten(0, 1) for x in (q, k, v))
                 attended = varlen_attention(q, k, v, layout.documents, self.scale(q))
                 return attended.view(*h.shape[:2], -1), beside, None
+        self.ways[MASK] += attention_mask is not None
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, module.layer_idx)

@@ -92,6 +92,10 @@ class Binding:
             if not forward.calls:
                 raise Unsupported(next(iter(forward.stock_calls), "its fused form is never called"))
 
+    def forwards(self) -> list[FusedForward]:
+        """The fused forwards that are bound."""
+        return [forward for _, forward, _, _ in self._bound]
+
     def undo(self) -> None:
         """Takes every fused forward off again, newest first.
 

@@ -93,8 +93,9 @@ def fuse_with(
     aside = aside or compiled
     fused = _stand_aside(config, aside) if aside else _apply(model, config, plugins)
     report = FuseReport(
-        config, fused.records, fused.unfuse, fused.notes, fused.fp8_noise, fused.checkpointing
-    )
+        config, fused.records, fused.unfuse, fused.notes, fused.fp8_noise, fused.checkpointing,
+        fused.masks,
+    )  # fmt: skip
     try:
         report.check_fused()
     except Exception:

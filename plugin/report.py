@@ -101,6 +101,7 @@ class FuseReport:
         notes: Lines that belong to no single operation.
         fp8_noise: Signal to noise of FP8 products, a dataclass, where FP8 is on.
         checkpointing: The engine's `Checkpointing`, where decoder layers are fused whole.
+        masks: What became of attention masks so far, and in how many calls.
     """
 
     def __init__(
@@ -111,11 +112,13 @@ class FuseReport:
         notes: Sequence[str] = (),
         fp8_noise: Any = None,
         checkpointing: Any = None,
+        masks: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self.config = config
         self.notes = list(notes)
         self.fp8_noise = fp8_noise
         self.checkpointing = checkpointing
+        self.masks = masks
         self.steps = 0
         self._records = records
         self._unfuse = unfuse
@@ -158,6 +161,7 @@ class FuseReport:
             "steps": self.steps,
             "operations": {name: asdict(one) for name, one in self.operations().items()},
             "notes": self.notes,
+            "attention_masks": dict(self.masks()),
             "fp8_noise": None if self.fp8_noise is None else asdict(self.fp8_noise),
         }
 
@@ -208,7 +212,9 @@ class FuseReport:
         console = Console(width=width, color_system=None)
         with console.capture() as capture:
             console.print(self.table())
-        return capture.get() + "".join(f"note: {note}\n" for note in self.notes)
+        ways = [f"{way}: {calls} calls" for way, calls in self.masks().items()]
+        notes = [*self.notes, *([f"attention masks: {', '.join(ways)}"] if ways else [])]
+        return capture.get() + "".join(f"note: {note}\n" for note in notes)
 
     def check_fused(self) -> None:
         """Does nothing without `fused_strict`.

@@ -184,6 +184,10 @@ def test_training_gives_stocks_gradients(
     # FlashAttention has no fp32: there the GPU keeps to the mask.
     documents = batch == "packed" and tokens.device.type == "cpu"
     assert len(varlen_calls) == (full if documents else 0)
+    ways = fused.masks()
+    assert ways.get(attention.DOCUMENTS, 0) == len(varlen_calls)
+    assert ways.get(attention.CAUSAL, 0) == (full if batch == "padded right" else 0)
+    assert sum(ways.values()) == 2
     if varlen_calls:
         assert len(set(map(id, varlen_calls))) == 1, "the mask was read for each layer anew"
 
