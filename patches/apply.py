@@ -281,7 +281,9 @@ class _Applier:
             module = f.description.module
             forward = module.__dict__.get("forward")
             if isinstance(forward, FusedDecoderLayer):
-                forward.checkpointing = chosen.add(module, forward.sizes())
+                forward.checkpointing = chosen.add(
+                    module, forward.sizes(), forward.attention.repeats
+                )
                 record = CheckpointingRecord(f.name, forward.checkpointing)
                 self.result.records.append(record)
             elif chosen.mode != AUTO:

@@ -87,6 +87,11 @@ class AttentionReader:
         return [self.qkv, (self.o,)]
 
     @property
+    def repeats(self) -> bool:
+        """Whether attention, run again, gives the same bits: not with dropout."""
+        return not _dropout(self.module)
+
+    @property
     def norms_heads(self) -> bool:
         """Whether q or k has a norm on each head."""
         return self.q_norm is not None or self.k_norm is not None
@@ -143,8 +148,31 @@ class AttentionReader:
             residual=residual,
             position_embeddings=position_embeddings,
         )
+        if tape is not None and tape.attention_again and cache is None:
+
+            def all_of_it(note: Note, h: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+                q, k, v, *around = project(note, h)
+                attended, weights = self.attend(q, k, v, attention_mask, cache, kwargs)
+                note(attended)
+                return attended, around[0] if around else h, weights
+
+            found: tuple[Tensor, Tensor, Tensor | None]
+            found = tape.stage(all_of_it, projections, h)
+            return found
         q, k, v, *around = run_stage(tape, project, projections, h)
-        beside = around[0] if around else h
+        attended, weights = self.attend(q, k, v, attention_mask, cache, kwargs)
+        return attended, around[0] if around else h, weights
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: Tensor | None,
+        cache: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """(attention [B, S, Hq D] of q [B, S, Hq, D], k and v [B, S, Hk, D], weights or None)."""
         module, function = self.module, attention_function(self.module)
         if cache is None and self.backend == "auto":
             layout, own = self.layout(q, attention_mask, kwargs, function)
@@ -153,14 +181,15 @@ class AttentionReader:
                 attention_mask, function = None, own
             elif layout is not None and serves(q):
                 self.ways[DOCUMENTS] += 1
+                shape = q.shape[:2]
                 q, k, v = (x.flatten(0, 1) for x in (q, k, v))
                 attended = varlen_attention(q, k, v, layout.documents, self.scale(q))
-                return attended.view(*h.shape[:2], -1), beside, None
+                return attended.view(*shape, -1), None
         self.ways[MASK] += attention_mask is not None
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, module.layer_idx)
-        with self.backends(h, attention_mask):
+        with self.backends(q, attention_mask):
             attended, weights = function(
                 module,
                 q,
@@ -172,7 +201,7 @@ class AttentionReader:
                 **self.extras,
                 **kwargs,
             )
-        return attended.flatten(2), beside, weights
+        return attended.flatten(2), weights
 
     def scale(self, q: Tensor) -> float:
         """The factor of the scores, as torch's sdpa takes it."""

@@ -3,7 +3,8 @@
     off        all that backward needs; nothing is computed twice
     selective  the layer's input, the attention's output and its log-sum-exp; norms, q/k/v, the
                second residual and gate/up are computed again, attention and down never
-    offload    as selective, but what is kept waits on the host; a frozen table of embeddings that
+    offload    as selective, but what is kept waits on the host, and where that is too small some
+               layers compute attention again, too; a frozen table of embeddings that
                is no head as well lies there too, and is read from there
     auto       for each layer the fastest of these that the GPU's free memory has room for
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafuse.kernels.linear_cross_entropy import chunk_rows
-from lorafuse.patches.host_memory import OnHost, embedding_table
+from lorafuse.patches.host_memory import OnHost, available_bytes, embedding_table
 from lorafuse.patches.offload import Offloader
 from lorafuse.patches.recomputation import SMALL_BYTES, Tape
 
@@ -314,13 +315,17 @@ class Checkpointing:
         self._offloader: Offloader | None = None
         self._parameters: list[nn.Parameter] = []
         self._on_host: list[OnHost] = []
+        # With `offload`: the first so many layers compute attention again.
+        self.attention_again = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"last_tape": None, "_offloader": None, "_on_host": []}
 
-    def add(self, module: nn.Module, sizes: LayerSizes) -> "LayerCheckpointing":
-        """A layer, in the order of the forward pass."""
-        layer = LayerCheckpointing(self, len(self.layers), module, sizes)
+    def add(
+        self, module: nn.Module, sizes: LayerSizes, repeats: bool = True
+    ) -> "LayerCheckpointing":
+        """A layer, in the order of the forward pass; for the rest see there."""
+        layer = LayerCheckpointing(self, len(self.layers), module, sizes, repeats)
         self.layers.append(layer)
         self._parameters += [p for p in module.parameters() if p.requires_grad]
         return layer
@@ -356,8 +361,11 @@ class Checkpointing:
     def begin(self, h: Tensor) -> None:
         """A forward pass begins: decides the mode of each layer."""
         self.last_tape = None
+        self.attention_again = 0
         if self.mode != AUTO:
             self.modes = [self.mode] * len(self.layers)
+            if self.mode == OFFLOAD and h.is_cuda:
+                self.fit_host(h)
         elif not h.is_cuda:
             # The memory is the machine's, and not ours to plan: as the trainer has it.
             on = any(layer.trainers for layer in self.layers)
@@ -372,6 +380,18 @@ class Checkpointing:
                 sizes, batch * length, h.dtype.itemsize, free, self.floor, length, self.vocabulary,
                 accumulates,
             )  # fmt: skip
+
+    def fit_host(self, h: Tensor) -> None:
+        """Where the host has no room for all that `offload` keeps, some o is computed again."""
+        batch, length, _ = h.shape
+        tokens, itemsize = batch * length, h.dtype.itemsize
+        free = available_bytes() + self.offloader(h.device).pool.free_bytes
+        taken = sum(one.sizes.taken(tokens, length, itemsize) for one in self.layers[:-1])
+        for layer in self.layers[:-1]:
+            if taken <= free * (1 - _MARGIN):
+                break
+            taken -= tokens * itemsize * layer.sizes.attention
+            self.attention_again += 1
 
     def free_bytes(self, device: torch.device) -> float:
         """What a step may allocate from here on, optimiser states to come counted off."""
@@ -406,13 +426,20 @@ class LayerCheckpointing:
 
     Attributes:
         trainers: the trainer's own checkpointing was on, and we stand in for it.
+        repeats: its attention gives the same bits when it is computed again.
         calls: mode -> how many calls with gradients ran in it.
     """
 
     def __init__(
-        self, owner: Checkpointing, index: int, module: nn.Module, sizes: LayerSizes
+        self,
+        owner: Checkpointing,
+        index: int,
+        module: nn.Module,
+        sizes: LayerSizes,
+        repeats: bool = True,
     ) -> None:
         self.owner, self.index, self.module, self.sizes = owner, index, module, sizes
+        self.repeats = repeats
         self.trainers = False
         self.calls: Counter[str] = Counter()
 
@@ -424,7 +451,12 @@ class LayerCheckpointing:
     def mode(self) -> str:
         """As last planned."""
         modes = self.owner.modes
-        return modes[self.index] if modes else self.owner.mode
+        mode = modes[self.index] if modes else self.owner.mode
+        return f"{mode}, attention computed again" if self.attention_again else mode
+
+    @property
+    def attention_again(self) -> bool:
+        return self.index < self.owner.attention_again and self.repeats
 
     def replace_trainers(self) -> bool:
         # Trainers enable it when training begins, which may be after us.
@@ -451,7 +483,7 @@ class LayerCheckpointing:
         if mode == OFFLOAD and self.index + 1 < len(owner.layers):
             offloader = owner.offloader(h.device)
             offloader.next_layer()
-        tape = Tape(offloader, shared, owner.last_tape)
+        tape = Tape(offloader, shared, owner.last_tape, self.attention_again)
         owner.last_tape = tape
         return Keeping(tape, TILE_ROWS[mode])
 

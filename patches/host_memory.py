@@ -9,12 +9,14 @@ for tables of which a step reads a few rows, as the embeddings: 67 MB of 1 GB fo
 """
 
 import weakref
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
-__all__ = ["OnHost", "embedding_table", "pinned_buffer"]
+__all__ = ["OnHost", "available_bytes", "embedding_table", "pinned_buffer"]
 
 # Smaller tables are not worth it.
 LEAST_BYTES = 64e6
@@ -28,6 +30,18 @@ def pinned_buffer(nbytes: int) -> tuple[Tensor, bool]:
         # Whoever reads the memory holds this very tensor.
         weakref.finalize(buffer, _unpin, buffer.data_ptr())
     return buffer, pinned
+
+
+def available_bytes() -> int:
+    """Memory of the host that this process could still take: of the machine, or its container."""
+    free = int(psutil.virtual_memory().available)
+    folder = Path("/sys/fs/cgroup")
+    try:
+        most = int((folder / "memory.max").read_text("ascii"))
+        used = int((folder / "memory.current").read_text("ascii"))
+    except (OSError, ValueError):  # no cgroup v2, or one without a limit ("max")
+        return free
+    return min(free, most - used)
 
 
 def _cudart() -> Any:

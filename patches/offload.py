@@ -39,6 +39,11 @@ class _Pool:
         self.pinned_bytes += pinned * nbytes
         return buffer
 
+    @property
+    def free_bytes(self) -> int:
+        """Of buffers that nobody uses now."""
+        return sum(size * len(buffers) for size, buffers in self.free.items())
+
     def put(self, buffer: Tensor) -> None:
         self.free[buffer.numel()].append(buffer)
 

@@ -128,8 +128,16 @@ class _Here:
 
     def __init__(self, tensor: Tensor) -> None:
         self.kept, self.version = tensor, tensor._version
+        self.instead: _Again | _OnHost | None = None
+
+    def become(self, instead: "_Again | _OnHost") -> None:
+        """It does not stay after all."""
+        self.instead = instead
+        del self.kept
 
     def tensor(self) -> Tensor:
+        if self.instead is not None:
+            return self.instead.tensor()
         if self.kept._version != self.version:
             raise RuntimeError(
                 f"a tensor of shape {tuple(self.kept.shape)} that backward needs was changed in "
@@ -145,6 +153,7 @@ class Tape:
         offloader: takes what is kept to the host; None: it stays.
         shared: tensors that other layers read too, and that stay where they are.
         before: the tape of the layer before, whose tensors are fetched when ours are asked for.
+        attention_again: attention is part of the stage of q, k and v, and its output is not kept.
     """
 
     def __init__(
@@ -152,14 +161,19 @@ class Tape:
         offloader: Offloader | None = None,
         shared: Sequence[Tensor] = (),
         before: "Tape | None" = None,
+        attention_again: bool = False,
     ) -> None:
         self.offloader = offloader
+        self.attention_again = attention_again
         self.before = None if before is None else weakref.ref(before)
         self.copies: dict[int, HostCopy] = {}
         self._shared = {t.untyped_storage().data_ptr() for t in shared}
         self._stages: dict[int, tuple[Stage, int]] = {}
         # Noted tensors, held while the tape is open: no other can lie at their address.
         self._held: list[Tensor] = []
+        # Saved within a stage before it could note them, as attention saves its own output.
+        self._pending: list[_Here] = []
+        self._is_within = False
         self._hooks: Any = None
         self._has_come = False
 
@@ -193,11 +207,22 @@ class Tape:
 
         def note(tensor: Tensor) -> None:
             nonlocal count
+            address = tensor.untyped_storage().data_ptr()
             self._held.append(tensor)
-            self._stages[tensor.untyped_storage().data_ptr()] = stage, count
+            self._stages[address] = stage, count
+            for one in self._pending:
+                if one.instead is None and one.kept.untyped_storage().data_ptr() == address:
+                    one.become(_Again(self, stage, count, one.kept))
             count += 1
 
-        return run(note, *inputs)
+        self._is_within = True
+        result = run(note, *inputs)
+        self._is_within = False
+        for one in self._pending:
+            if one.instead is None and self._leaves(one.kept):
+                one.become(self._on_host(one.kept))
+        self._pending = []
+        return result
 
     def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Keeps a stage's input; gives it back when the stage runs again."""
@@ -227,14 +252,26 @@ class Tape:
         address = storage.data_ptr()
         if address in self._stages:
             return _Again(self, *self._stages[address], tensor)
-        if (
-            self.offloader is None
-            or storage.nbytes() < SMALL_BYTES
-            or address in self._shared
-            or tensor.device != self.offloader.device  # as the seeds of FlashAttention
-        ):
-            return _Here(tensor)
+        if self._is_within and address not in self.copies:
+            here = _Here(tensor)
+            self._pending.append(here)
+            return here
+        return self._on_host(tensor) if self._leaves(tensor) else _Here(tensor)
+
+    def _leaves(self, tensor: Tensor) -> bool:
+        """Whether a kept tensor goes to the host."""
+        storage = tensor.untyped_storage()
+        return (
+            self.offloader is not None
+            and storage.nbytes() >= SMALL_BYTES
+            and storage.data_ptr() not in self._shared
+            and tensor.device == self.offloader.device  # not the seeds of FlashAttention
+        )
+
+    def _on_host(self, tensor: Tensor) -> _OnHost:
+        address = tensor.untyped_storage().data_ptr()
         if address not in self.copies:
+            assert self.offloader is not None
             self._held.append(tensor)
             self.copies[address] = self.offloader.take(tensor)
         return _OnHost(self, self.copies[address], tensor)

@@ -51,6 +51,40 @@ def test_the_same_bits_as_off(family, nf4, mode, make_peft, step) -> None:
         equal(one, off)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_computed_again(family, make_peft, step, monkeypatch) -> None:
+    """As where the host has no room for attention's output: of the first layer here."""
+    model = make_peft(family, torch.bfloat16)
+    fused = apply(model, ALL, checkpointing=OFF)
+    off = step(model, use_cache=False)
+    fused.unfuse()
+    fused = apply(model, ALL, checkpointing=OFFLOAD)
+    monkeypatch.setattr(
+        checkpointing.Checkpointing,
+        "begin",
+        lambda owner, h: owner.__dict__.update(modes=[OFFLOAD] * 2, attention_again=1),
+    )
+    for _ in range(2):
+        equal(step(model, use_cache=False), off)
+    assert modes_of(fused) == ["offload, attention computed again", OFFLOAD]
+
+
+def test_how_many_layers_compute_attention_again(make_peft, monkeypatch) -> None:
+    model = make_peft("llama")
+    chosen = apply(model, ALL, checkpointing=OFFLOAD).checkpointing
+    chosen.layers = [chosen.layers[0]] * 9
+    length = 2**17
+    h = torch.empty(2, length, 64, device="meta")
+    o = 4 * h.shape[0] * length * chosen.layers[0].sizes.attention
+    taken = chosen.layers[0].sizes.taken(2 * length, length, 4)
+    for free, expected in ((1e12, 0), (8 * taken, 1), (8 * taken - 3 * o, 4), (0, 8)):
+        monkeypatch.setattr(checkpointing, "available_bytes", lambda free=free: free)
+        monkeypatch.setattr(checkpointing, "_MARGIN", 1e-6)
+        chosen.attention_again = 0
+        chosen.fit_host(h)
+        assert chosen.attention_again == expected
+
+
 @pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD])
 def test_dropout_draws_the_same_masks_again(mode, make_peft, step) -> None:
     model = make_peft("llama", lora_dropout=0.3)
