@@ -680,7 +680,9 @@ class LoraLinearFunction(torch.autograd.Function):
         ask_for_room(ctx, group.gradient_room(y.shape[0]) if wanted else 0)
         ctx.save_for_backward(x, xA, *tensors)
         ctx.projections, ctx.dtype, ctx.rng = projections, dtype, rng
-        return tuple(y[:, rows].view(*x.shape[:-1], -1) for rows in group.rows)
+        # `.data`: autograd forbids a model to change a view in place that was made in here (OLMo
+        # clamps q, k and v; Llama 4 adds its experts to the shared one).
+        return tuple(y[:, rows].view(*x.shape[:-1], -1).data for rows in group.rows)
 
     @staticmethod
     @once_differentiable

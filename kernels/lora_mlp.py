@@ -122,7 +122,8 @@ class LoraMlpFunction(torch.autograd.Function):
         ctx.save_for_backward(h, *saved, *tensors)
         ctx.spec = spec
         ctx.consumed = False
-        return y.view(*h.shape[:-1], -1)
+        # `.data`: autograd forbids a model to change a view in place that was made in here.
+        return y.view(*h.shape[:-1], -1).data
 
     @staticmethod
     @once_differentiable

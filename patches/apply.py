@@ -35,6 +35,7 @@ from lorafuse.patches.structure import (
     BUILTIN_STRUCTURES,
     NO_ATTENTION,
     NO_GATED_MLP,
+    NO_OUTPUT_PROJECTION,
     NO_RMS_NORM,
     Attention,
     DecoderLayer,
@@ -63,7 +64,7 @@ _NO_ADAPTERS = "the model has no LoRA adapters"
 _NOTHING = {
     "lora_mlp": NO_GATED_MLP,
     "lora_qkv": NO_ATTENTION,
-    "lora_o": NO_ATTENTION,
+    "lora_o": NO_OUTPUT_PROJECTION,
     "rms_norm": NO_RMS_NORM,
     "rope": NO_ATTENTION,
 }
@@ -182,7 +183,7 @@ class _Applier:
                 self.result.records.append(Fp8Record("", _NO_ADAPTERS))
             return self.result
         layers = [f for f in found if isinstance(f.description, DecoderLayer)]
-        self.probe(layers)
+        self.probe(layers, [f for f in found if isinstance(f.description, Attention)])
         for f in layers:
             self.layer(f)
         for kind, fuse_one in (
@@ -225,15 +226,25 @@ class _Applier:
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def probe(self, layers: Sequence[_Found]) -> None:
-        if not layers or not self.asks("lora_qkv", "lora_o", "rope"):
+    def probe(self, layers: Sequence[_Found], attentions: Sequence[_Found]) -> None:
+        """Records how the decoder layers are called, and whatever else holds an attention."""
+        if not self.asks("lora_qkv", "lora_o", "rope"):
             return
+        known = [f.description.module for f in layers]
+        inside = {id(m) for layer in known for m in layer.modules()}
+        apart = [f for f in attentions if id(f.description.module) not in inside]
+        others = {id(f): self.model.get_submodule(f.name.rpartition(".")[0]) for f in apart}
         core = self.core()
         backbone = getattr(core, getattr(core, "base_model_prefix", "") or "model", core)
-        try:
-            self.calls = record_layer_calls(backbone, [f.description.module for f in layers])
-        except Unsupported as unsupported:
-            self.why_parts[unsupported.reason] = layers[0].name
+        first = next((f.name for f in (*layers, *apart)), "")
+        for modules in (dict.fromkeys([*known, *others.values()]), dict.fromkeys(known)):
+            if not modules:
+                continue
+            try:
+                self.calls = record_layer_calls(backbone, list(modules))
+                return
+            except Unsupported as unsupported:
+                self.why_parts.setdefault(unsupported.reason, first)
 
     # One level at a time: propose, prove, bind.
 
@@ -393,13 +404,18 @@ class _Applier:
         self.bind([forward])
         for operation in forward.operations:
             self.fuse(forward, operation, attention.module, "part")
+        for norm in (attention.q_norm, attention.k_norm):
+            if norm is not None:
+                self.fuse(forward, "rms_norm", norm.module, "part")
         self.backend_record(forward, attention.module, "part")
-        self.claimed |= {id(attention.module)}
+        self.claimed |= {id(m) for m in attention.module.modules()}
 
     def projections(self, f: _Found) -> None:
         projections = f.description
         assert isinstance(projections, Projections)
         for operation in ("lora_qkv", "lora_o"):
+            if operation == "lora_o" and projections.o is None:
+                continue
             part = _Part(self, projections, operation)
             self.part(f, part.build, part.call, operation, part.hidden_size)
         name = self.names.get(id(projections.module), "")
@@ -529,7 +545,8 @@ class _Part:
 
     def __init__(self, applier: _Applier, projections: Projections, operation: str) -> None:
         self.formats, self.operation = applier.formats, operation
-        linears = projections.qkv if operation == "lora_qkv" else (projections.o,)
+        own = projections.qkv if operation == "lora_qkv" else (projections.o,)
+        linears = [linear for linear in own if linear is not None]
         self.hidden_size = in_out(linears[0])[0]
         self.paths = [
             next(n for n, m in projections.module.named_modules() if m is linear)

@@ -9,7 +9,7 @@ from lorafuse.kernels.lora_linear import NormPrologue
 from lorafuse.kernels.lora_mlp import lora_mlp
 from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.bind import FusedForward, Unsupported
-from lorafuse.patches.structure import GatedMlp
+from lorafuse.patches.structure import GatedMlp, drops_out
 from lorafuse.patches.weights import WeightFormat
 
 
@@ -17,6 +17,7 @@ class MlpReader:
     """A gated MLP's projections as they are now, and the kernel call on them."""
 
     def __init__(self, mlp: GatedMlp, formats: Sequence[WeightFormat]) -> None:
+        self.module = mlp.module
         self.gate_up = tuple(LinearReader(linear, formats) for linear in mlp.gate_up)
         self.down = LinearReader(mlp.down, formats)
         self.activation = mlp.activation
@@ -27,6 +28,8 @@ class MlpReader:
 
     def prepare(self, x: Tensor) -> tuple[Any, Any]:
         """(gate and up, down) as kernel projections; raises Unsupported."""
+        if drops_out(self.module):
+            raise Unsupported("the MLP has a dropout of its own")
         return [reader.projection(x) for reader in self.gate_up], self.down.projection(x)
 
     def __call__(

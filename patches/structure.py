@@ -5,6 +5,7 @@ child plays which role, in the order of likelihood where several readings are po
 then computes with it, and only a reading that reproduces the stock numbers is used.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from lorafuse.kernels.rms_norm import reference as rms_norm
 
 NO_GATED_MLP = "no gated MLP (gate, up and down projections with an activation)"
-NO_ATTENTION = "no attention with q, k, v and o projections"
+NO_ATTENTION = "no attention with q, k and v projections"
+NO_OUTPUT_PROJECTION = "no o projection beside q, k and v"
 NO_RMS_NORM = "no RMS norm (one weight and an epsilon)"
 
 
@@ -50,11 +53,15 @@ class GatedMlp:
 
 @dataclass(frozen=True, eq=False)
 class Projections:
-    """q, k and v projections of one input (or one of all three), and o; whatever lies between."""
+    """The projections of one input (q, k and v, or one of all three), and o where it stands there.
+
+    Whatever lies between. Of latent attention (DeepSeek) it is the projections down, of q and of
+    k with v.
+    """
 
     module: nn.Module
     qkv: tuple[nn.Module, ...]
-    o: nn.Module
+    o: nn.Module | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,14 +103,34 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-_GATE_UP = (("gate_proj", "up_proj"), ("w1", "w3"), ("gate", "up"), ("linear", "linear_v"))
-_FUSED_GATE_UP = ("gate_up_proj", "gate_and_up_proj", "dense_h_to_4h", "wi")
-_DOWN = ("down_proj", "w2", "down", "linear_1", "dense_4h_to_h", "wo", "fc_out")
-_QKV = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"))
+# Where the declaration order does not tell gate from up; shapes tell the rest.
+_GATE_UP = (
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("gate", "up"),
+    ("linear", "linear_v"),
+    ("wi_0", "wi_1"),
+)
+_ACTIVATION = ("act_fn", "activation_fn", "act", "activation", "hidden_act", "nonlinearity")
+_QKV = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("q_proj", "kv_a_proj_with_mqa"),
+)
 _FUSED_QKV = ("qkv_proj", "query_key_value", "qkv", "Wqkv", "wqkv")
-_O = ("o_proj", "out_proj", "dense", "wo", "output")
+_O = ("o_proj", "out_proj", "dense", "wo", "Wo", "output")
 _Q_NORM = ("q_norm", "query_norm", "q_layernorm")
 _K_NORM = ("k_norm", "key_norm", "k_layernorm")
+
+
+def drops_out(module: nn.Module, known: object = None) -> bool:
+    """Whether a dropout of the block's own (not `known`) draws a mask in this call."""
+    return module.training and any(
+        isinstance(child, nn.Dropout) and child.p > 0 and child is not known
+        for child in module.children()
+    )
 
 
 def is_linear(module: object) -> bool:
@@ -216,37 +243,56 @@ def _norm_variant(module: nn.Module, weight: nn.Parameter, eps: float) -> tuple[
 
 def recognise_gated_mlp(module: nn.Module) -> GatedMlp | None:
     """Two projections up (or one that is twice as wide), one down, and an activation."""
-    linears = [child for child in module.children() if is_linear(child)]
-    if len(linears) not in (2, 3):
+    roles = _gate_up_down(module)
+    if roles is None:
         return None
-    down = _named(module, _DOWN)
-    fused = _named(module, _FUSED_GATE_UP) if len(linears) == 2 else None
-    pair = _all_named(module, _GATE_UP) if len(linears) == 3 else None
-    gate_up = (fused,) if fused is not None else pair
-    if down is None or gate_up is None:
-        return None
-    inner = sum(in_out(linear)[1] for linear in gate_up)
-    if inner != 2 * in_out(down)[0] or len({in_out(linear)[0] for linear in gate_up}) != 1:
-        return None
-    others = [
-        getattr(module, name)
-        for name in ("act_fn", "activation_fn", "act", "activation", "hidden_act", "nonlinearity")
-        if callable(getattr(module, name, None))
-    ]
+    others = [getattr(module, name, None) for name in _ACTIVATION]
+    others = [ACT2FN.get(f) if isinstance(f, str) else f for f in others]
     activation = next((name for f in others if (name := recognise_activation(f))), None)
-    return None if activation is None else GatedMlp(module, gate_up, down, activation)
+    if activation is None:
+        # Named in the forward's code alone. SiLU is the usual one; verification has the last word.
+        if any(callable(f) for f in others) or not _takes_one_input(module):
+            return None
+        activation = "silu"
+    return GatedMlp(module, *roles, activation)
+
+
+def _gate_up_down(module: nn.Module) -> tuple[tuple[nn.Module, ...], nn.Module] | None:
+    """(gate and up, or the one of both; down) by their shapes: [I, H] twice or [2I, H], [H, I]."""
+    linears = {name: child for name, child in module.named_children() if is_linear(child)}
+    if len(linears) == 2:
+        up, down = linears.values()
+        (hidden, wide), (inner, out) = in_out(up), in_out(down)
+        return ((up,), down) if wide == 2 * inner and out == hidden else None
+    if len(linears) != 3:
+        return None
+    pair = next((names for names in _GATE_UP if set(names) <= set(linears)), None)
+    if pair is None:
+        shapes = [in_out(linear) for linear in linears.values()]
+        same = [n for n, shape in zip(linears, shapes, strict=True) if shapes.count(shape) == 2]
+        if len(same) != 2:
+            return None
+        pair = (same[0], same[1])
+    gate, up = (linears.pop(name) for name in pair)
+    (down,) = linears.values()
+    if in_out(gate) != in_out(up) or in_out(gate) != in_out(down)[::-1]:
+        return None
+    return (gate, up), down
+
+
+def _takes_one_input(module: nn.Module) -> bool:
+    return len(inspect.signature(type(module).forward).parameters) == 2  # and self
 
 
 def recognise_projections(module: nn.Module) -> Projections | None:
-    """q, k, v and o linear layers as direct children."""
+    """q, k and v as direct children, and o where it is one, too."""
     qkv = _all_named(module, _QKV)
     if qkv is None:
         one = _named(module, _FUSED_QKV)
         qkv = None if one is None else (one,)
-    o = _named(module, _O)
-    if qkv is None or o is None or len({in_out(linear)[0] for linear in qkv}) != 1:
+    if qkv is None or len({in_out(linear)[0] for linear in qkv}) != 1:
         return None
-    return Projections(module, qkv, o)
+    return Projections(module, qkv, _named(module, _O))
 
 
 def recognise_attention(module: nn.Module) -> Attention | None:
@@ -254,6 +300,8 @@ def recognise_attention(module: nn.Module) -> Attention | None:
     projections = recognise_projections(module)
     size = getattr(module, "head_dim", None)
     if projections is None or not isinstance(size, int) or size <= 0:
+        return None
+    if projections.o is None:
         return None
     if not isinstance(getattr(module, "scaling", None), int | float):
         return None

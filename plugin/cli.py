@@ -282,6 +282,61 @@ def plan(
         console.print(f"written: {json}")
 
 
+@app.command()
+def families(
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Model types (llama) or classes of transformers."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(metavar="N", help="Processes at a time.")] = 1,
+    limit: Annotated[float, typer.Option(metavar="SECONDS", help="For one family.")] = 180.0,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the table as Markdown.")
+    ] = None,
+) -> None:
+    """Try every causal-LM family of transformers: a tiny model's step, stock against fused.
+
+    Runs on the CPU, and downloads nothing. Exit code 1: a family trains wrong or crashes when it is
+    fused.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from lorafuse.plugin.errors import FuseConfigError
+    from lorafuse.plugin.families import model_types, sweep
+    from lorafuse.plugin.family_table import coverage, table
+    from lorafuse.plugin.family_table import markdown as write_markdown
+
+    console = _console()
+    try:
+        if jobs < 1 or limit <= 0:
+            raise FuseConfigError(f"--jobs {jobs} --limit {limit:g}: give 1 or more, above 0")
+        for name, path in (("--json", json), ("--markdown", markdown)):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise FuseConfigError(f"{name} {path}: there is no folder {path.parent}")
+        entries = model_types(only)
+    except FuseConfigError as error:
+        _fail(error)
+    progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    found = sweep(
+        entries,
+        jobs,
+        limit,
+        lambda one, done, whole: progress.print(f"{done}/{whole} {one.model_type}: {one.level}"),
+    )
+    console.print(table(found), soft_wrap=False)
+    console.print(coverage(found))
+    for one in found.bad:
+        console.print(f"{one.model_type} {one.level}: {one.reason}")
+    if json is not None:
+        _write_json(json, found.to_dict())
+        console.print(f"written: {json}")
+    if markdown is not None:
+        markdown.write_text(write_markdown(found), encoding="utf-8")
+        console.print(f"written: {markdown}")
+    if found.bad:
+        raise typer.Exit(1)
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str, str], None]]:
     """On stderr: a line that changes, or in a log one line for each process."""
