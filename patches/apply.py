@@ -19,6 +19,7 @@ from lorafuse.patches.attention import (
     FusedAttention,
     FusedOutputProjection,
     FusedProjection,
+    Pairing,
     SharedProjections,
 )
 from lorafuse.patches.bind import Binding, FusedForward, Unsupported
@@ -155,7 +156,7 @@ class _Applier:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.result = FusedModel()
         self.claimed: set[int] = set()
-        self.verified: dict[Hashable, tuple[str | None, bool]] = {}
+        self.verified: dict[Hashable, tuple[str | None, Pairing]] = {}
         self.calls: dict[nn.Module, LayerCall] = {}
         self.why_parts: dict[str, str] = {}
 
@@ -255,28 +256,27 @@ class _Applier:
         call: Callable[[nn.Module, Tensor], Sequence[Tensor]],
         hidden_size: int,
         dtype: torch.dtype,
-    ) -> tuple[str | None, bool]:
-        """(reason or None, interleaved RoPE) for the block, computed once per distinct block."""
+    ) -> tuple[str | None, Pairing]:
+        """(reason or None, RoPE's pairing) for the block, computed once per distinct block."""
         module = f.description.module
         key = (signature(module), type(f.description), dtype)
         if key not in self.verified:
             reasons: list[str | None] = []
             rotary = isinstance(f.description, Attention | DecoderLayer)
-            for interleaved in (False, True) if rotary else (False,):
+            for pairing in Pairing if rotary else (Pairing.HALVES,):
 
-                def bind(replica: nn.Module, binding: Binding, pairs: bool = interleaved) -> None:
-                    for forward in build(f.recogniser(replica), pairs):
+                def bind(replica: nn.Module, binding: Binding, pairing: Pairing = pairing) -> None:
+                    for forward in build(f.recogniser(replica), pairing):
                         binding.bind(forward.module, forward)
 
                 try:
-                    build(f.description, interleaved)  # what it cannot read needs no proof
+                    build(f.description, pairing)  # what it cannot read needs no proof
                     reasons.append(verify(module, bind, call, hidden_size, dtype))
                 except Unsupported as unsupported:
                     reasons.append(unsupported.reason)
                 if reasons[-1] is None:
                     break
-            good = reasons[-1] is None
-            self.verified[key] = (None if good else reasons[0], good and len(reasons) == 2)
+            self.verified[key] = (None if reasons[-1] is None else reasons[0]), pairing
         return self.verified[key]
 
     def bind(self, forwards: Sequence[FusedForward]) -> None:
@@ -337,8 +337,8 @@ class _Applier:
                 return parameter.dtype
         return torch.float32
 
-    def build_layer(self, layer: DecoderLayer, interleaved: bool) -> list[FusedDecoderLayer]:
-        return [FusedDecoderLayer(layer, self.formats, interleaved, self.backend, self.finder)]
+    def build_layer(self, layer: DecoderLayer, pairing: Pairing) -> list[FusedDecoderLayer]:
+        return [FusedDecoderLayer(layer, self.formats, pairing, self.backend, self.finder)]
 
     def layer(self, f: _Found) -> None:
         layer = f.description
@@ -348,7 +348,7 @@ class _Applier:
         call = self.calls.get(layer.module)
         if call is None:
             return
-        reason, interleaved = self.prove(
+        reason, pairing = self.prove(
             f,
             self.build_layer,
             partial(_call_layer, call),
@@ -359,7 +359,7 @@ class _Applier:
             self.why_parts.setdefault(reason, f.name)
             return
         try:
-            (forward,) = self.build_layer(layer, interleaved)
+            (forward,) = self.build_layer(layer, pairing)
         except Unsupported as unsupported:
             self.why_parts.setdefault(unsupported.reason, f.name)
             return
@@ -376,8 +376,8 @@ class _Applier:
         self.backend_record(forward, attention.module, "layer")
         self.claimed |= {id(m) for m in layer.module.modules()}
 
-    def build_attention(self, attention: Attention, interleaved: bool) -> list[FusedAttention]:
-        return [FusedAttention(attention, self.formats, interleaved, self.backend, self.finder)]
+    def build_attention(self, attention: Attention, pairing: Pairing) -> list[FusedAttention]:
+        return [FusedAttention(attention, self.formats, pairing, self.backend, self.finder)]
 
     def attention(self, f: _Found) -> None:
         attention = f.description
@@ -390,7 +390,7 @@ class _Applier:
         if call is None:
             reason: str | None = next(iter(self.why_parts), "its decoder layer was not recognised")
         else:
-            reason, interleaved = self.prove(
+            reason, pairing = self.prove(
                 f,
                 self.build_attention,
                 partial(_call_layer, call),
@@ -400,7 +400,7 @@ class _Applier:
         if reason is not None:
             self.record("rope", attention.module, f"attention is not fused as a block: {reason}")
             return
-        (forward,) = self.build_attention(attention, interleaved)
+        (forward,) = self.build_attention(attention, pairing)
         self.bind([forward])
         for operation in forward.operations:
             self.fuse(forward, operation, attention.module, "part")
@@ -470,7 +470,7 @@ class _Applier:
         reason = self.verified[key][0]
         if reason is None:
             try:
-                forwards = build(f.description, False)
+                forwards = build(f.description, Pairing.HALVES)
             except Unsupported as unsupported:
                 reason = unsupported.reason
         if reason is not None:
@@ -485,17 +485,18 @@ class _Applier:
         build: Callable[..., Sequence[FusedForward]],
         call: Callable[[nn.Module, Tensor], Sequence[Tensor]],
         hidden_size: int,
-    ) -> tuple[str | None, bool]:
+    ) -> tuple[str | None, Pairing]:
         def bind(replica: nn.Module, binding: Binding) -> None:
-            for forward in build(f.recogniser(replica), False):
+            for forward in build(f.recogniser(replica), Pairing.HALVES):
                 binding.bind(forward.module, forward)
 
         module = f.description.module
         try:
-            build(f.description, False)
-            return verify(module, bind, call, hidden_size, self.hidden_dtype(module)), False
+            build(f.description, Pairing.HALVES)
+            dtype = self.hidden_dtype(module)
+            return verify(module, bind, call, hidden_size, dtype), Pairing.HALVES
         except Unsupported as unsupported:
-            return unsupported.reason, False
+            return unsupported.reason, Pairing.HALVES
 
     def backend_record(
         self, forward: FusedDecoderLayer | FusedAttention, module: nn.Module, level: str
@@ -553,7 +554,7 @@ class _Part:
             for linear in linears
         ]
 
-    def build(self, projections: Projections, _: bool) -> list[FusedForward]:
+    def build(self, projections: Projections, _: Pairing) -> list[FusedForward]:
         if self.operation == "lora_o":
             return [FusedOutputProjection(projections, self.formats)]
         shared = SharedProjections(projections, self.formats)

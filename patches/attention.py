@@ -11,10 +11,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -48,13 +50,42 @@ DOCUMENTS = "attention within each document, without the mask"
 MASK = "attention with a dense mask"
 
 
+class Pairing(StrEnum):
+    """Which features RoPE rotates together, and how cos and sin [.., S, D] lie.
+
+    Attributes:
+        HALVES: feature i with i + D/2; cos in halves (Llama).
+        NEIGHBOURS: feature 2i with 2i + 1; cos likewise (Cohere).
+        NEIGHBOURS_OF_HALVES: feature 2i with 2i + 1, but cos in halves; features beyond them stay
+            as they are (GLM, ERNIE 4.5).
+        NONE: nothing is rotated (every fourth layer of SmolLM3).
+    """
+
+    HALVES = "halves"
+    NEIGHBOURS = "neighbours"
+    NEIGHBOURS_OF_HALVES = "neighbours of halves"
+    NONE = "none"
+
+    @property
+    def interleaved(self) -> bool:
+        return self in (Pairing.NEIGHBOURS, Pairing.NEIGHBOURS_OF_HALVES)
+
+    def lay_out(self, cos: Tensor, sin: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """cos and sin as the kernels read them, for heads of `size` features."""
+        if self is not Pairing.NEIGHBOURS_OF_HALVES:
+            return cos, sin
+        rotated, half = cos.shape[-1], cos.shape[-1] // 2
+        cos, sin = (x[..., :half].repeat_interleave(2, dim=-1) for x in (cos, sin))
+        return F.pad(cos, (0, size - rotated), value=1.0), F.pad(sin, (0, size - rotated))
+
+
 class AttentionReader:
     """Attention as described, computed by the kernels around the model's own attention function.
 
     Args:
         attention: the description.
         formats: weight formats.
-        interleaved: RoPE's pairing of features: neighbours, or halves.
+        pairing: of RoPE's features.
         backend: "auto" prefers cuDNN under torch's sdpa on CUDA, and takes a mask of documents or
             padding for what it says; else torch chooses.
         finder: shared by the layers of a model.
@@ -64,7 +95,7 @@ class AttentionReader:
         self,
         attention: Attention,
         formats: Sequence[WeightFormat],
-        interleaved: bool,
+        pairing: Pairing,
         backend: str,
         finder: DocumentFinder | None = None,
     ) -> None:
@@ -74,8 +105,8 @@ class AttentionReader:
         self.o = LinearReader(attention.o, formats)
         self.heads = Heads(attention.query_heads, attention.key_value_heads, attention.head_size)
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.interleaved = interleaved
-        self.round_products = rounds_rope_products(self.module, interleaved)
+        self.pairing = pairing
+        self.round_products = rounds_rope_products(self.module, pairing)
         self.backend = backend
         self.extras = _extra_arguments(self.module)
         # What became of the masks of so many calls: CAUSAL, DOCUMENTS or MASK.
@@ -96,6 +127,15 @@ class AttentionReader:
         """Whether q or k has a norm on each head."""
         return self.q_norm is not None or self.k_norm is not None
 
+    def check_call(self, h: Any, position_embeddings: Any) -> None:
+        """Raises Unsupported where a call does not bring what is needed."""
+        if not isinstance(h, Tensor) or h.dim() != 3 or h.numel() == 0:
+            raise Unsupported("it was called without hidden states")
+        if self.pairing is not Pairing.NONE and (
+            not isinstance(position_embeddings, tuple) or len(position_embeddings) != 2
+        ):
+            raise Unsupported("it was called without position embeddings (cos, sin)")
+
     def prepare(self, x: Tensor) -> tuple[list[LoraProjection], LoraProjection]:
         """(q, k and v, o) as kernel projections; raises Unsupported."""
         if drops_out(self.module, getattr(self.module, "attention_dropout", None)):
@@ -112,20 +152,24 @@ class AttentionReader:
         projections: Sequence[LoraProjection],
         norm: NormPrologue | None,
         residual: bool,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, ...]:
         """q [B, S, Hq, D], k, v [B, S, Hk, D], and h for `residual`; notes what is saved of it."""
-        cos, sin = position_embeddings
-        plain = not self.norms_heads
-        rotary = Rotary(cos, sin, self.interleaved, self.round_products) if plain else None
-        q, k, v, *around = lora_qkv(h, projections, self.heads, norm, rotary, residual)
+        plain, rotary = not self.norms_heads, None
+        if position_embeddings is not None and self.pairing is not Pairing.NONE:
+            cos, sin = self.pairing.lay_out(*position_embeddings, self.heads.size)
+            rotary = Rotary(cos, sin, self.pairing.interleaved, self.round_products)
+        q, k, v, *around = lora_qkv(
+            h, projections, self.heads, norm, rotary if plain else None, residual
+        )
         note(q)  # in whose buffer k and v lie, too
         if not plain:
             if self.q_norm is not None:
                 q = apply_norm(self.q_norm, q)
             if self.k_norm is not None:
                 k = apply_norm(self.k_norm, k)
-            q, k = rope(q, k, cos, sin, self.interleaved, self.round_products)
+            if rotary is not None:
+                q, k = rope(q, k, cos, sin, rotary.interleaved, self.round_products)
             note(q)
             note(k)
         return q, k, v, *around
@@ -136,7 +180,7 @@ class AttentionReader:
         projections: Sequence[LoraProjection],
         norm: NormPrologue | None,
         residual: bool,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None,
         cache: Any,
         kwargs: dict[str, Any],
@@ -284,7 +328,7 @@ def attention_function(module: Any) -> Callable[..., tuple[Tensor, Tensor | None
     return own  # type: ignore[no-any-return]
 
 
-def rounds_rope_products(module: nn.Module, interleaved: bool) -> bool:
+def rounds_rope_products(module: nn.Module, pairing: Pairing) -> bool:
     """Whether the model's own `apply_rotary_pos_emb` rounds each product in 16 bit.
 
     It is told by that function's bits on random bf16 heads; where there is none to ask, products
@@ -295,14 +339,15 @@ def rounds_rope_products(module: nn.Module, interleaved: bool) -> bool:
         torch.manual_seed(0)
         q, k = torch.randn(2, 1, 2, 3, 16).bfloat16()
         angles = torch.rand(1, 3, 8).repeat(1, 1, 2)
-        if interleaved:
+        if pairing is Pairing.NEIGHBOURS:
             angles = angles.view(1, 3, 2, 8).transpose(2, 3).reshape(1, 3, 16)
         cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
         try:
             stock = own(q, k, cos, sin)[0]  # type: ignore[misc]
+            cos, sin = pairing.lay_out(cos, sin, q.shape[-1])
             distances = [
                 (
-                    rope_reference(q.transpose(1, 2), cos, sin, interleaved, rounded)
+                    rope_reference(q.transpose(1, 2), cos, sin, pairing.interleaved, rounded)
                     - stock.transpose(1, 2)
                 ).abs()
                 for rounded in (False, True)
@@ -356,12 +401,12 @@ class FusedAttention(FusedForward):
         self,
         attention: Attention,
         formats: Sequence[WeightFormat],
-        interleaved: bool = False,
+        pairing: Pairing = Pairing.HALVES,
         backend: str = "auto",
         finder: DocumentFinder | None = None,
     ) -> None:
         super().__init__(attention.module)
-        self.attention = AttentionReader(attention, formats, interleaved, backend, finder)
+        self.attention = AttentionReader(attention, formats, pairing, backend, finder)
 
     def linear_groups(self) -> list[Sequence[Any]]:
         return self.attention.linear_groups()
@@ -372,8 +417,7 @@ class FusedAttention(FusedForward):
             h = arguments.pop("hidden_states", None)
             positions = arguments.pop("position_embeddings", None)
             mask = arguments.pop("attention_mask", None)
-            if not isinstance(h, Tensor) or h.dim() != 3 or h.numel() == 0 or positions is None:
-                raise Unsupported("it was called without hidden states or position embeddings")
+            self.attention.check_call(h, positions)
             cache = take_cache(arguments, self.module.training)
             qkv, output = self.attention.prepare(h)
         except Unsupported as unsupported:

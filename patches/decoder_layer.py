@@ -20,7 +20,7 @@ from torch import Tensor
 from lorafuse.kernels.lora_linear import LoraProjection, NormPrologue, fold_alignment
 from lorafuse.kernels.lora_o import lora_o
 from lorafuse.patches.adapters import LinearReader
-from lorafuse.patches.attention import AttentionReader, take_cache
+from lorafuse.patches.attention import AttentionReader, Pairing, take_cache
 from lorafuse.patches.bind import FusedForward, Unsupported
 from lorafuse.patches.checkpointing import LayerCheckpointing, LayerSizes
 from lorafuse.patches.documents import DocumentFinder
@@ -41,13 +41,13 @@ class FusedDecoderLayer(FusedForward):
         self,
         layer: DecoderLayer,
         formats: Sequence[WeightFormat],
-        interleaved: bool = False,
+        pairing: Pairing = Pairing.HALVES,
         backend: str = "auto",
         finder: DocumentFinder | None = None,
     ) -> None:
         super().__init__(layer.module)
         self.layer = layer
-        self.attention = AttentionReader(layer.attention, formats, interleaved, backend, finder)
+        self.attention = AttentionReader(layer.attention, formats, pairing, backend, finder)
         self.mlp = MlpReader(layer.mlp, formats)
         # How this layer keeps its activations; None: all of them stay.
         self.checkpointing: LayerCheckpointing | None = None
@@ -83,8 +83,7 @@ class FusedDecoderLayer(FusedForward):
             h = arguments.pop("hidden_states", None)
             positions = arguments.pop("position_embeddings", None)
             mask = arguments.pop("attention_mask", None)
-            if not isinstance(h, Tensor) or h.dim() != 3 or h.numel() == 0 or positions is None:
-                raise Unsupported("it was called without hidden states or position embeddings")
+            self.attention.check_call(h, positions)
             cache = take_cache(arguments, layer.module.training)
             for module in (layer.attention.module, layer.mlp.module):
                 if has_live_hooks(module):
@@ -96,7 +95,7 @@ class FusedDecoderLayer(FusedForward):
         except Unsupported as unsupported:
             return self.fall_back(unsupported.reason, *args, **kwargs)
         self.calls += 1
-        keeping = None if self.checkpointing is None else self.checkpointing.begin(h, positions)
+        keeping = None if self.checkpointing is None else self.checkpointing.begin(h, positions or ())
         forward = partial(
             self.forward, h, attention, mlp, norm_1, norm_2, positions, mask, cache, arguments
         )

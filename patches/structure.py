@@ -244,7 +244,7 @@ def _norm_variant(module: nn.Module, weight: nn.Parameter, eps: float) -> tuple[
 def recognise_gated_mlp(module: nn.Module) -> GatedMlp | None:
     """Two projections up (or one that is twice as wide), one down, and an activation."""
     roles = _gate_up_down(module)
-    if roles is None:
+    if roles is None or _holds_more(module):
         return None
     others = [getattr(module, name, None) for name in _ACTIVATION]
     others = [ACT2FN.get(f) if isinstance(f, str) else f for f in others]
@@ -278,6 +278,13 @@ def _gate_up_down(module: nn.Module) -> tuple[tuple[nn.Module, ...], nn.Module] 
     if in_out(gate) != in_out(up) or in_out(gate) != in_out(down)[::-1]:
         return None
     return (gate, up), down
+
+
+def _holds_more(module: nn.Module) -> bool:
+    """Whether there are parameters besides the linear layers', as a Mamba mixer has."""
+    rest = (child for child in module.children() if not is_linear(child))
+    own = next(module.parameters(recurse=False), None)
+    return own is not None or any(True for child in rest for _ in child.parameters())
 
 
 def _takes_one_input(module: nn.Module) -> bool:
@@ -350,6 +357,8 @@ def recognise_decoder_layer(module: nn.Module) -> DecoderLayer | None:
     if len(norms) == 2:
         return DecoderLayer(module, attention, mlp, norms[0], norms[1], dropouts=tuple(dropouts))
     before, after, before_mlp, after_mlp = norms
+    if getattr(module, "post_self_attn_layernorm", None) is before_mlp.module:  # as GLM-4 declares
+        after, before_mlp = before_mlp, after
     return DecoderLayer(
         module, attention, mlp, before, before_mlp, after, after_mlp, tuple(dropouts)
     )

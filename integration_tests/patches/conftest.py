@@ -10,15 +10,18 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    Ernie4_5Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 SMALL: dict[str, Any] = {
@@ -45,6 +48,9 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma2": lambda: Gemma2Config(**SMALL, **HEAD, **WINDOW, query_pre_attn_scalar=16),
     "gemma3": lambda: Gemma3TextConfig(**SMALL, **HEAD, **WINDOW, query_pre_attn_scalar=16),
     "phi3": lambda: Phi3Config(**SMALL),
+    "glm4": lambda: Glm4Config(**SMALL, **HEAD),
+    "ernie": lambda: Ernie4_5Config(**SMALL, **HEAD),
+    "smollm3": lambda: SmolLM3Config(**SMALL, no_rope_layers=[1, 0]),
 }
 # Gemma 2's soft cap on attention scores exists in eager attention only.
 EAGER = ("gemma2",)

@@ -16,6 +16,9 @@ FAMILIES = [
     "gemma2",
     "gemma3",
     "phi3",
+    "glm4",
+    "ernie",
+    "smollm3",
 ]
 LAYER = ("lora_mlp", "lora_qkv", "lora_o", "rope")
 

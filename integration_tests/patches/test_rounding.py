@@ -10,7 +10,7 @@ import torch
 from transformers import CohereConfig, GptOssConfig, Olmo2Config
 
 from lorafuse.kernels.rope import rope
-from lorafuse.patches.attention import rounds_rope_products
+from lorafuse.patches.attention import Pairing, rounds_rope_products
 from lorafuse.patches.norms import FusedRmsNorm
 from lorafuse.patches.structure import recognise_attention, recognise_rms_norm
 
@@ -54,18 +54,23 @@ def test_norms_have_the_stock_bits(make_peft, device, family):
         assert (fused != stock).double().mean() < 2e-3
 
 
+PAIRINGS = dict.fromkeys(("glm4", "ernie"), Pairing.NEIGHBOURS_OF_HALVES)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rope_has_the_stock_bits(make_peft, device, family):
     model = make_peft(family, dtype=torch.bfloat16)
     attention = next(a for m in model.modules() if (a := recognise_attention(m)) is not None)
-    rounded = rounds_rope_products(attention.module, interleaved=False)
-    assert rounded
+    pairing = PAIRINGS.get(family, Pairing.HALVES)
+    rounded = rounds_rope_products(attention.module, pairing)
+    assert rounded == (family != "ernie")  # which computes in fp32
     own = sys.modules[type(attention.module).__module__].apply_rotary_pos_emb
     q, k = torch.randn(2, 2, 7, 4, 16, device=device).bfloat16()
     angles = 6 * torch.rand(1, 7, 8, device=device).repeat(1, 1, 2)
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
-    got = rope(q, k, cos, sin, False, rounded)
     want = own(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    cos, sin = pairing.lay_out(cos, sin, 16)
+    got = rope(q, k, cos, sin, pairing.interleaved, rounded)
     for mine, theirs in zip(got, want, strict=True):
         assert torch.equal(mine, theirs.transpose(1, 2))
 
@@ -74,4 +79,4 @@ def test_rope_that_upcasts_is_told_apart(make_peft):
     """Cohere turns interleaved pairs in fp32."""
     model = make_peft(CohereConfig(**SMALL), dtype=torch.bfloat16)
     module = next(m for m in model.modules() if type(m).__name__ == "CohereAttention")
-    assert not rounds_rope_products(module, interleaved=True)
+    assert not rounds_rope_products(module, Pairing.NEIGHBOURS)
