@@ -73,8 +73,9 @@ def _lines(families: Families) -> Iterator[str]:
     yield (
         f"{families.when.date().isoformat()}, transformers {found['transformers']}, peft "
         f"{found['peft']}, torch {torch.__version__}, on the CPU. Each class of transformers' "
-        "mapping for causal LMs, as a tiny model with random weights and LoRA on all linear "
-        "layers, makes the same fp32 step stock and fused; loss and every adapter's gradient may "
+        "mapping for causal LMs, as a tiny model with random weights and LoRA on the linear "
+        "layers that PEFT adapts (in many mixtures of experts not the dense MLPs), makes the same "
+        "fp32 step stock and fused; loss and every adapter's gradient may "
         f"differ by {TOLERANCE:.0e}."
     )
     yield ""
