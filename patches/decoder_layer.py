@@ -95,7 +95,9 @@ class FusedDecoderLayer(FusedForward):
         except Unsupported as unsupported:
             return self.fall_back(unsupported.reason, *args, **kwargs)
         self.calls += 1
-        keeping = None if self.checkpointing is None else self.checkpointing.begin(h, positions or ())
+        keeping = (
+            None if self.checkpointing is None else self.checkpointing.begin(h, positions or ())
+        )
         forward = partial(
             self.forward, h, attention, mlp, norm_1, norm_2, positions, mask, cache, arguments
         )
