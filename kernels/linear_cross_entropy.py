@@ -58,6 +58,7 @@ _GPU_CHUNK_BYTES = 512 * 2**20
 _CPU_CHUNK_BYTES = 64 * 2**20
 # dW is summed in blocks of this many words, so that its fp32 temporary stays at some 256 MB.
 _WEIGHT_BLOCK = 16384
+_SCALED_ROWS = 8192  # of d(hidden) are scaled in fp32 at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,8 +158,8 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == factor.dtype:
         return (x * factor).to(dtype)
     out = torch.empty_like(x, dtype=dtype)
-    for start in range(0, x.shape[0], 8192):
-        part = slice(start, start + 8192)
+    for start in range(0, x.shape[0], _SCALED_ROWS):
+        part = slice(start, start + _SCALED_ROWS)
         out[part] = x[part].to(factor.dtype).mul_(factor)
     return out
 

@@ -159,6 +159,11 @@ def fold_alignment(device: torch.device) -> int:
     return 64 if device.type == "cuda" else 8
 
 
+def fold_columns(columns: int, align: int) -> int:
+    """Columns of a buffer's r-wide part: `columns`, padded to whole `align`s."""
+    return -(-columns // align) * align
+
+
 def folding_pays(
     rows: int,
     inner: int,
@@ -203,8 +208,8 @@ class Group:
         self._kept: Tensor | None = None
         self.has_dropout = any(p.dropout > 0 and p.A is not None for p in self.projections)
         align = fold_alignment(self.device)
-        self.fold_forward = -(-(r + self.has_bias) // align) * align  # width of [XA, 1, 0...]
-        self.fold_backward = -(-r // align) * align  # width of [G, 0...]
+        self.fold_forward = fold_columns(r + self.has_bias, align)  # width of [XA, 1, 0...]
+        self.fold_backward = fold_columns(r, align)  # width of [G, 0...]
         self._fp8: dict[int, bool] = {}  # of a number of rows; a pass asks up to four times
 
     @property

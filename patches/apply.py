@@ -23,7 +23,7 @@ from lorafuse.patches.attention import (
     SharedProjections,
 )
 from lorafuse.patches.bind import Binding, FusedForward, Unsupported
-from lorafuse.patches.checkpointing import AUTO, Checkpointing, CheckpointingRecord
+from lorafuse.patches.checkpointing import AUTO, OFFLOAD, Checkpointing, CheckpointingRecord
 from lorafuse.patches.decoder_layer import FusedDecoderLayer
 from lorafuse.patches.documents import DocumentFinder
 from lorafuse.patches.fp8 import OPERATION as FP8
@@ -182,6 +182,8 @@ class _Applier:
                 self.record(operation, nn.Identity(), _NO_ADAPTERS)
             if self.fp8:
                 self.result.records.append(Fp8Record("", _NO_ADAPTERS))
+            if self.checkpointing.mode != AUTO:
+                self.result.records.append(CheckpointingRecord("", reason=_NO_ADAPTERS))
             return self.result
         layers = [f for f in found if isinstance(f.description, DecoderLayer)]
         self.probe(layers, [f for f in found if isinstance(f.description, Attention)])
@@ -305,12 +307,21 @@ class _Applier:
             self.result.checkpointing = chosen
             head = getattr(self.model, "get_output_embeddings", lambda: None)()
             chosen.vocabulary = getattr(head, "out_features", chosen.vocabulary)
-            chosen.replace_trainers()
+            replaced = chosen.replace_trainers()
             moved = chosen.move_embeddings(self.core())
-            if moved:
-                self.result.notes.append(
-                    f"checkpointing: {moved / 1e9:.2f} GB of input embeddings lie on the host"
-                )
+            self.result.notes += [line for line in (replaced, moved) if line is not None]
+        self.result.notes += self.idle_memory_flags()
+
+    def idle_memory_flags(self) -> Iterator[str]:
+        """What was asked of memory and has no effect here, and why."""
+        chosen = self.checkpointing
+        device = next((p.device.type for p in self.model.parameters()), "cpu")
+        if chosen.budget_bytes is not None and not chosen.layers:
+            yield f"fused_memory_gb has no effect: {_NOT_WHOLE}"
+        elif chosen.budget_bytes is not None and device != "cuda":
+            yield f"fused_memory_gb has no effect: it is a GPU's, and the model is on the {device}"
+        if chosen.mode == OFFLOAD and chosen.layers and device != "cuda":
+            yield f"fused_checkpointing: offload is selective here: the model is on the {device}"
 
     def switch_fp8_on(self) -> None:
         """After every proof, which is of the model's own dtype."""

@@ -57,6 +57,7 @@ _LOGIT_BYTES = 2**29  # the loss's chunk of logits
 _SCALED_ROWS = 8192  # of the loss's gradient, in fp32 at a time
 _VOCABULARY = 2**18  # where the head's is not known
 _FP32 = 4
+_UNPINNED = "the host has too little memory that can be pinned (ulimit -l, or a container's limit)"
 
 
 @dataclass(frozen=True)
@@ -330,9 +331,15 @@ class Checkpointing:
         self._parameters += [p for p in module.parameters() if p.requires_grad]
         return layer
 
-    def replace_trainers(self) -> int:
-        """Switches the trainer's own checkpointing off on our layers; on how many it was on."""
-        return sum(layer.replace_trainers() for layer in self.layers)
+    def replace_trainers(self) -> str | None:
+        """Switches the trainer's own checkpointing off on our layers; says so where it was on."""
+        replaced = sum(layer.replace_trainers() for layer in self.layers)
+        if not replaced:
+            return None
+        return (
+            f"gradient checkpointing of the trainer: {replaced} decoder layers keep their "
+            f"activations by fused_checkpointing: {self.mode} instead"
+        )
 
     def undo(self) -> None:
         """Puts the trainer's own back."""
@@ -343,15 +350,21 @@ class Checkpointing:
         while self._on_host:
             self._on_host.pop().undo()
 
-    def move_embeddings(self, model: nn.Module) -> int:
-        """With `offload`, the table of input embeddings goes to the host; its bytes, or 0."""
-        if self.mode != OFFLOAD:
-            return 0
-        weight = embedding_table(model)
+    def move_embeddings(self, model: nn.Module) -> str | None:
+        """With `offload`, the table of input embeddings goes to the host; what became of it."""
+        weight = embedding_table(model) if self.mode == OFFLOAD else None
         if weight is None:
-            return 0
-        self._on_host.append(OnHost(weight))
-        return weight.nbytes
+            return None
+        table = OnHost(weight)
+        if not table.moved:
+            return f"{weight.nbytes / 1e9:.2f} GB of input embeddings stay: {_UNPINNED}"
+        self._on_host.append(table)
+        return f"{weight.nbytes / 1e9:.2f} GB of input embeddings lie on the host"
+
+    @property
+    def unpinned(self) -> bool:
+        """Whether some copies go through memory that could not be pinned."""
+        return self._offloader is not None and self._offloader.pool.unpinned > 0
 
     def offloader(self, device: torch.device) -> Offloader:
         if self._offloader is None or self._offloader.device != device:
@@ -523,4 +536,6 @@ class CheckpointingRecord:
 
     @property
     def stock_calls(self) -> dict[str, int]:
-        return {}
+        if self.layer is None or not self.layer.owner.unpinned:
+            return {}
+        return {f"its copies wait for the host: {_UNPINNED}": self.calls}

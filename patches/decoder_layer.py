@@ -17,7 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafuse.kernels.lora_linear import LoraProjection, NormPrologue, fold_alignment
+from lorafuse.kernels.lora_linear import (
+    LoraProjection,
+    NormPrologue,
+    fold_alignment,
+    fold_columns,
+)
 from lorafuse.kernels.lora_o import lora_o
 from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.attention import AttentionReader, Pairing, take_cache
@@ -156,7 +161,7 @@ def fold(readers: Sequence[LinearReader]) -> int:
     columns = sum(A.shape[0] for reader in readers for A, _ in reader.pairs)
     columns += any(getattr(reader.base, "bias", None) is not None for reader in readers)
     align = fold_alignment(next(readers[0].base.parameters()).device)
-    return -(-columns // align) * align
+    return fold_columns(columns, align)
 
 
 def gradient_bytes(readers: Sequence[LinearReader], *, padded: bool) -> int:
@@ -172,5 +177,5 @@ def gradient_bytes(readers: Sequence[LinearReader], *, padded: bool) -> int:
     size, K = pairs[0][0].element_size(), readers[0].in_features
     rank = sum(A.shape[0] for A, _ in pairs)
     align = fold_alignment(pairs[0][0].device)
-    rows = -(-rank // align) * align if padded and size == 4 else rank
+    rows = fold_columns(rank, align) if padded and size == 4 else rank
     return size * (rows * K + sum(B.numel() for _, B in pairs))

@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-__all__ = ["OnHost", "available_bytes", "embedding_table", "pinned_buffer"]
+__all__ = ["OnHost", "available_bytes", "embedding_table", "holders", "pinned_buffer"]
 
 # Smaller tables are not worth it.
 LEAST_BYTES = 64e6
@@ -70,21 +70,24 @@ class OnHost:
 
     Args:
         parameter: frozen, contiguous, on a CUDA device.
+
+    Attributes:
+        moved: False where the host has too little memory that can be pinned: it stays then.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter, self.device = parameter, parameter.device
         data = parameter.data
-        buffer, pinned = pinned_buffer(data.nbytes)
-        if not pinned:
-            return  # the host has too little memory that can be pinned: it stays where it is
+        buffer, self.moved = pinned_buffer(data.nbytes)
+        if not self.moved:
+            return
         buffer.view(data.dtype).view(data.shape).copy_(data)
         mapped = torch.as_tensor(_AsSeenByTheGpu(buffer), device=self.device)
         parameter.data = mapped.view(data.dtype).view(data.shape)
 
     def undo(self) -> None:
         """Moves it back, unless somebody has moved it elsewhere by now."""
-        if self.parameter.device == self.device:
+        if self.moved and self.parameter.device == self.device:
             self.parameter.data = self.parameter.data.clone()
 
 
@@ -104,5 +107,9 @@ def embedding_table(model: Any) -> nn.Parameter | None:
     ):
         return None
     uses = [p for p in model.parameters(recurse=True) if p.data_ptr() == weight.data_ptr()]
-    holders = sum(own is weight for one in model.modules() for own in one.parameters(recurse=False))
-    return weight if len(uses) == 1 and holders == 1 else None
+    return weight if len(uses) == 1 and holders(model, weight) == 1 else None
+
+
+def holders(model: nn.Module, parameter: nn.Parameter) -> int:
+    """Modules that hold `parameter` as their own: two where a head is tied to its table."""
+    return sum(own is parameter for one in model.modules() for own in one.parameters(recurse=False))

@@ -28,7 +28,7 @@ class _Pool:
 
     def __init__(self) -> None:
         self.free: defaultdict[int, list[Tensor]] = defaultdict(list)
-        self.pinned_bytes = 0
+        self.unpinned = 0  # buffers that could not be pinned
 
     def get(self, nbytes: int) -> Tensor:
         """[nbytes] uint8, pinned."""
@@ -36,7 +36,7 @@ class _Pool:
             return self.free[nbytes].pop()
         # Where it cannot be pinned, copies are still right, only slower: the host waits for them.
         buffer, pinned = pinned_buffer(nbytes)
-        self.pinned_bytes += pinned * nbytes
+        self.unpinned += not pinned
         return buffer
 
     @property
@@ -53,9 +53,6 @@ class Offloader:
 
     Args:
         device: where the tensors come from and go back to.
-
-    Attributes:
-        host_bytes: that were taken to the host so far, all steps together.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,7 +60,6 @@ class Offloader:
         self.on_gpu = device.type == "cuda"
         self.stream: Any = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]
         self.pool = _Pool()
-        self.host_bytes = 0
         self._leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
         self._layer: deque[int] = deque([0, 0])
 
@@ -89,7 +85,6 @@ class Offloader:
         storage = tensor.untyped_storage()
         flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
         copy = HostCopy(self, flat)
-        self.host_bytes += flat.numel()
         if not self.on_gpu:
             copy.device_copy = flat
             return copy

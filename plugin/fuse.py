@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lorafuse.patches.apply import FusedModel, OperationRecord, apply
-from lorafuse.patches.checkpointing import CheckpointingRecord
+from lorafuse.patches.checkpointing import AUTO, CheckpointingRecord
+from lorafuse.patches.checkpointing import OPERATION as CHECKPOINTING
 from lorafuse.patches.fp8 import Fp8Record
 from lorafuse.patches.optimizer import fuse_optimizer
 from lorafuse.plugin import log
@@ -161,6 +162,7 @@ def _apply(model: nn.Module, config: FuseConfig, plugins: Plugins) -> FusedModel
 def _stand_aside(config: FuseConfig, reason: str) -> FusedModel:
     asked = [name for name, on in config.enabled().items() if on]
     asked += [FP8.removeprefix(PREFIX)] if config.fused_fp8 else []
+    asked += [CHECKPOINTING] if config.fused_checkpointing != AUTO else []
     records: list[OperationRecord | Fp8Record | CheckpointingRecord] = [
         OperationRecord(
             operation=name, module="", fused=False, level="", reason=reason, forward=None

@@ -46,7 +46,8 @@ class StepRepeater:
             del self.trainer.training_step
 
     def __call__(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        trained = [p for p in model.parameters() if p.requires_grad]
+        # The optimiser's list: a walk through the modules takes milliseconds of each step.
+        trained = [p for group in self.trainer.optimizer.param_groups for p in group["params"]]
         before = [p.grad for p in trained]
         accumulates = any(grad is not None for grad in before)
         random = _random_state()

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from lorafuse.kernels.lora_linear import fold_alignment, folding_pays
+from lorafuse.kernels.lora_linear import fold_alignment, fold_columns, folding_pays
 from lorafuse.plugin.errors import FuseConfigError
 from lorafuse.plugin.plan_model import LayerShape, Linear, ModelShape
 
@@ -167,11 +167,11 @@ class GroupShape:
 
     @property
     def fold_forward(self) -> int:
-        return -(-(self.rank + self.bias) // self.align) * self.align
+        return fold_columns(self.rank + self.bias, self.align)
 
     @property
     def fold_backward(self) -> int:
-        return -(-self.rank // self.align) * self.align
+        return fold_columns(self.rank, self.align)
 
     def folds_forward(self, T: int, copies_input: bool) -> bool:
         return self.fold_forward > 0 and folding_pays(

@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from lorafuse.patches.host_memory import holders
 from lorafuse.patches.structure import DecoderLayer, in_out, recognise_decoder_layer
 from lorafuse.plugin.errors import FuseConfigError
 
@@ -133,8 +134,7 @@ def model_shape(name: str, config: PretrainedConfig, trust_remote_code: bool = F
 def _separate_embeddings(model: Any) -> int:
     """Elements of the input embeddings' table, 0 where the head or another module shares it."""
     table = getattr(model.get_input_embeddings(), "weight", None)
-    holders = sum(own is table for m in model.modules() for own in m.parameters(recurse=False))
-    return int(table.numel()) if table is not None and holders == 1 else 0
+    return int(table.numel()) if table is not None and holders(model, table) == 1 else 0
 
 
 def _stack(model: nn.Module, text: PretrainedConfig) -> list[tuple[str, nn.Module]]:

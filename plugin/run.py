@@ -146,11 +146,8 @@ class RunCallback(TrainerCallback):
         if checkpointing is None:
             return
         replaced = checkpointing.replace_trainers()
-        if replaced:
-            report.note(
-                f"gradient checkpointing of the trainer: {replaced} decoder layers keep their "
-                f"activations by fused_checkpointing: {report.config.fused_checkpointing} instead"
-            )
+        if replaced is not None:
+            report.note(replaced)
         if report.config.fused_checkpointing != "auto":
             return
         # The others would wait for a rank that starts anew; DeepSpeed keeps gradients of its own.

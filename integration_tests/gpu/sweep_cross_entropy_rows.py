@@ -10,16 +10,14 @@ the torch form on a few rows. Compiling is shared out over processes: some 20 s 
 """
 
 import argparse
-import importlib.util
 import itertools
-import os
-import subprocess
 import sys
 from types import ModuleType
 from typing import Any
 
 import torch
 import triton
+from sweeps import compile_in_processes, load
 from torch import Tensor
 
 from lorafuse.kernels import cross_entropy_rows as current
@@ -75,15 +73,6 @@ def time_ms(module: ModuleType, z: Tensor, labels: Tensor) -> float:
     return float(triton.testing.do_bench(step, warmup=3, rep=12, return_mode="median"))
 
 
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("before", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["before"] = module  # its dataclass looks there
-    spec.loader.exec_module(module)
-    return module
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=2048)
@@ -102,12 +91,7 @@ def main() -> None:
                 pass
         return
     here = [sys.executable, __file__, "--words", str(options.words)]
-    processes = min(14, max(1, (os.cpu_count() or 2) - 2))
-    shares = [
-        subprocess.Popen([*here, "--share", str(i), str(processes)]) for i in range(processes)
-    ]
-    for share in shares:
-        share.wait()
+    compile_in_processes(here)
     z, labels = make(options.rows, options.words)
     floor = 2 * z.numel() * z.itemsize / 3e9
     print(

@@ -10,15 +10,13 @@ Compiling is shared out over processes: some 25 s in all on 16 cores.
 """
 
 import argparse
-import importlib.util
 import itertools
-import os
-import subprocess
 import sys
 from types import ModuleType
 
 import torch
 import triton
+from sweeps import compile_in_processes, load
 from torch import Tensor
 
 from lorafuse.kernels import glu_adapters as current
@@ -78,15 +76,6 @@ def time_ms(module: ModuleType, inputs: Inputs) -> float:
     return float(triton.testing.do_bench(step, warmup=2, rep=10, return_mode="median"))
 
 
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("before", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["before"] = module  # its dataclass looks there
-    spec.loader.exec_module(module)
-    return module
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=8192)
@@ -110,12 +99,7 @@ def main() -> None:
         return
     here = [sys.executable, __file__, "--width", str(width), "--rank", str(rank)]
     here += ["--tokens", str(options.tokens)]
-    processes = min(14, max(1, (os.cpu_count() or 2) - 2))
-    shares = [
-        subprocess.Popen([*here, "--share", str(i), str(processes)]) for i in range(processes)
-    ]
-    for share in shares:
-        share.wait()
+    compile_in_processes(here)
     inputs = make(options.tokens, width, rank)
     floor = 5 * inputs[1].numel() * inputs[1].itemsize / 3e9
     print(f"{torch.cuda.get_device_name()}: [{options.tokens}, {width}], floor {floor:.3f} ms")

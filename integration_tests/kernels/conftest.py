@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.kernels import runtime
+from lorafuse.kernels.nf4 import Quantised4bit
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -155,3 +156,19 @@ def _run(
 def oracle() -> Oracle:
     """The rule; see `Oracle`."""
     return Oracle()
+
+
+def four_bit(
+    W: Tensor, quant_type: str = "nf4", nested: bool = True, blocksize: int = 64
+) -> Quantised4bit:
+    """W as bitsandbytes quantises it."""
+    bnb_functional = pytest.importorskip("bitsandbytes.functional")
+    packed, state = bnb_functional.quantize_4bit(
+        W.contiguous(), blocksize=blocksize, compress_statistics=nested, quant_type=quant_type
+    )
+    second = state.state2
+    return Quantised4bit(
+        packed.view(torch.uint8).flatten(), state.code, state.absmax, blocksize,
+        (W.shape[0], W.shape[1]),
+        *((second.code, second.absmax, state.offset, second.blocksize) if nested else ()),
+    )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
 from torch import Tensor
@@ -29,6 +28,8 @@ from lorafuse.kernels.fp8_weight import (
 from lorafuse.kernels.nf4 import Quantised4bit
 from lorafuse.kernels.nf4 import reference as dequantised
 
+from .conftest import four_bit
+
 Randn = Callable[..., Tensor]
 
 
@@ -48,21 +49,6 @@ def quantised(x: Tensor, fold: Fold | None = None, extra: int = 0) -> tuple[Tens
     scale = torch.empty(x.shape[0], 1, device=x.device)
     quantise_rows(x, out, scale, fold)
     return out, scale
-
-
-def four_bit(
-    W: Tensor, quant_type: str = "nf4", nested: bool = True, blocksize: int = 64
-) -> Quantised4bit:
-    """W as bitsandbytes quantises it."""
-    packed, state = bnb_functional.quantize_4bit(
-        W.contiguous(), blocksize=blocksize, compress_statistics=nested, quant_type=quant_type
-    )
-    second = state.state2
-    return Quantised4bit(
-        packed.view(torch.uint8).flatten(), state.code, state.absmax, blocksize,
-        (W.shape[0], W.shape[1]),
-        *((second.code, second.absmax, state.offset, second.blocksize) if nested else ()),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (5, 123), (3, 512), (2, 4096)], ids=str)

@@ -2,32 +2,17 @@
 
 from collections.abc import Callable
 
-import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
 from torch import Tensor
 
 from lorafuse.kernels import fp8_tops
 from lorafuse.kernels.fp8_tops import group_tops, group_tops_reference
-from lorafuse.kernels.nf4 import Quantised4bit
 from lorafuse.kernels.nf4 import reference as dequantised
 
+from .conftest import four_bit
+
 Randn = Callable[..., Tensor]
-
-
-def four_bit(
-    W: Tensor, quant_type: str = "nf4", nested: bool = True, blocksize: int = 64
-) -> Quantised4bit:
-    """W as bitsandbytes quantises it."""
-    packed, state = bnb_functional.quantize_4bit(
-        W.contiguous(), blocksize=blocksize, compress_statistics=nested, quant_type=quant_type
-    )
-    second = state.state2
-    return Quantised4bit(
-        packed.view(torch.uint8).flatten(), state.code, state.absmax, blocksize,
-        (W.shape[0], W.shape[1]),
-        *((second.code, second.absmax, state.offset, second.blocksize) if nested else ()),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

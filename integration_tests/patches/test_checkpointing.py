@@ -256,6 +256,47 @@ def test_evaluation_and_frozen_passes_keep_nothing(make_peft, tokens) -> None:
     assert [r.calls for r in fused.records if r.operation == checkpointing.OPERATION] == [0, 0]
 
 
+def test_flags_that_can_do_nothing_say_so(make_peft, step, device) -> None:
+    model = make_peft("llama")
+    on_cpu = device.type == "cpu"
+    for flags, said in (
+        ({"checkpointing": OFFLOAD}, "offload is selective here: the model is on the cpu"),
+        ({"budget_bytes": 1e9}, "fused_memory_gb has no effect: it is a GPU's"),
+    ):
+        fused = apply(model, ALL, **flags)
+        assert any(said in note for note in fused.notes) == on_cpu
+        fused.unfuse()
+    fused = apply(model, {"lora_mlp": True}, budget_bytes=1e9)
+    assert any("fused_memory_gb has no effect: no decoder layer" in n for n in fused.notes)
+    fused.unfuse()
+    bare = model.unload()
+    (record,) = [
+        r
+        for r in apply(bare, ALL, checkpointing=SELECTIVE).records
+        if r.operation == checkpointing.OPERATION
+    ]
+    assert not record.fused and "no LoRA adapters" in record.reason
+
+
+def test_copies_that_wait_for_the_host_have_their_reason(make_peft, step, device) -> None:
+    model = make_peft("llama")
+    fused = apply(model, ALL, checkpointing=OFFLOAD)
+    step(model)
+    records = [r for r in fused.records if r.operation == checkpointing.OPERATION]
+    assert all(not r.stock_calls for r in records)
+    fused.checkpointing.offloader(device).pool.unpinned = 1
+    for record in records:
+        ((reason, calls),) = record.stock_calls.items()
+        assert "can be pinned" in reason and calls == 1
+
+
+def test_what_stands_in_for_the_trainers_own_is_said_at_once(make_peft) -> None:
+    model = make_peft("llama")
+    model.gradient_checkpointing_enable()
+    fused = apply(model, ALL, checkpointing=SELECTIVE)
+    assert any("2 decoder layers keep their activations by" in note for note in fused.notes)
+
+
 SIZES = [LayerSizes(4096, 6144, 4096, 28672)] * 32
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from lorafuse.patches import host_memory
+from lorafuse.patches import checkpointing, host_memory
 from lorafuse.patches.apply import OPERATIONS, apply
 from lorafuse.patches.checkpointing import OFF, OFFLOAD
 from lorafuse.patches.host_memory import embedding_table
@@ -76,6 +76,18 @@ def test_tables_that_stay(why, device, make_peft, step, monkeypatch) -> None:
     assert embedding_table(model.get_base_model()) is None
     apply(model, ALL, checkpointing=OFFLOAD)
     step(model)
+
+
+def test_what_cannot_be_pinned_stays_and_is_not_said_to_have_gone(monkeypatch) -> None:
+    monkeypatch.setattr(host_memory, "pinned_buffer", lambda n: (torch.empty(n), False))
+    parameter = torch.nn.Parameter(torch.randn(8, 4), requires_grad=False)
+    address = parameter.data_ptr()
+    table = host_memory.OnHost(parameter)
+    table.undo()
+    assert not table.moved and parameter.data_ptr() == address
+    chosen = checkpointing.Checkpointing(OFFLOAD)
+    monkeypatch.setattr(checkpointing, "embedding_table", lambda model: parameter)
+    assert "stay: the host has too little memory" in chosen.move_embeddings(torch.nn.Module())
 
 
 def test_a_table_that_can_go(cuda, make_peft) -> None:

@@ -153,3 +153,10 @@ def test_either_a_configuration_or_flags(llama) -> None:
     with pytest.raises(FuseConfigError, match="did you mean `fused_rope`"):
         fuse(llama, fused_rop=True)
     assert forwards(llama) == {}
+
+
+def test_checkpointing_that_was_asked_for_stands_aside_with_its_reason(llama) -> None:
+    report = fuse(torch.compile(llama), fused_checkpointing="selective")
+    (reason,) = report.operations()["checkpointing"].fallbacks
+    assert "torch.compile owns" in reason.reason
+    assert "checkpointing" not in fuse(torch.compile(llama)).operations()

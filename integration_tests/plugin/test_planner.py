@@ -459,6 +459,8 @@ def test_a_ledger_knows_its_highest_moment() -> None:
 def test_constants_of_the_kernels_are_what_they_were() -> None:
     assert plan_memory._LOGIT_BYTES == linear_cross_entropy._GPU_CHUNK_BYTES
     assert checkpointing._LOGIT_BYTES == linear_cross_entropy._GPU_CHUNK_BYTES
+    assert plan_memory._SCALED_ROWS == linear_cross_entropy._SCALED_ROWS
+    assert checkpointing._SCALED_ROWS == linear_cross_entropy._SCALED_ROWS
     assert plan_memory._ADAM_BLOCK == adam_8bit.BLOCK
 
 
