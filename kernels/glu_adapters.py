@@ -12,7 +12,7 @@ are taken, on the tensor cores; m is never written. At [8192, 14336] in bf16 tha
 in place of 2.1.
 
 A program owns a block of columns and walks down a share of the rows; the shares' sums are fp32,
-added up in a fixed order: runs repeat bit for bit.
+added up in a fixed order by a second, small kernel: runs repeat bit for bit.
 """
 
 from dataclasses import dataclass
@@ -50,12 +50,12 @@ _PROGRAMS = 1024
 
 @dataclass(frozen=True, eq=False)
 class GluAdapterGradients:
-    """Unscaled products in fp32 (fp64 for fp64), None where the factor was.
+    """The products in fp32 (fp64 for fp64), None where the factor was.
 
     Attributes:
         dA_down: [Rd, I].
-        dB_gate: [I, R of gate], of any strides.
-        dB_up: [I, R of up], likewise.
+        dB_gate: [I, R of gate].
+        dB_up: [I, R of up].
     """
 
     dA_down: Tensor | None
@@ -183,6 +183,42 @@ def _glu_bwd_adapters_kernel(
         tl.store(dBu_ptr + (share * PU + tl.arange(0, PU)[:, None]) * WIDTH + o_i, dBu, m_i)
 
 
+@triton.jit
+def _sum_shares(
+    partial_ptr, out_ptr, shares, o_i,
+    WIDTH: tl.constexpr, R: tl.constexpr, P: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    o_p = tl.arange(0, P)[:, None]
+    m_i = o_i < WIDTH
+    total = tl.zeros([P, BLOCK_I], tl.float32)
+    for share in range(shares):
+        total += tl.load(partial_ptr + (share * P + o_p) * WIDTH + o_i, m_i, 0.0)
+    out = out_ptr + (o_i * R + o_p if TRANSPOSED else o_p * WIDTH + o_i)
+    tl.store(out, total, m_i & (o_p < R))
+
+
+@cached_launch
+@triton.jit
+def _sum_shares_kernel(
+    dA_ptr, dBg_ptr, dBu_ptr, dA_out, dBg_out, dBu_out, shares,
+    WIDTH: tl.constexpr, RD: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr,
+    PD: tl.constexpr, PG: tl.constexpr, PU: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_I columns of one of the three; the two of B are turned, into B's own layout."""
+    which = tl.program_id(1)
+    o_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    if RD > 0:
+        if which == 0:
+            _sum_shares(dA_ptr, dA_out, shares, o_i, WIDTH, RD, PD, False, BLOCK_I)
+    if RG > 0:
+        if which == 1:
+            _sum_shares(dBg_ptr, dBg_out, shares, o_i, WIDTH, RG, PG, True, BLOCK_I)
+    if RU > 0:
+        if which == 2:
+            _sum_shares(dBu_ptr, dBu_out, shares, o_i, WIDTH, RU, PU, True, BLOCK_I)
+
+
 def _serves(gate: Tensor, factors: tuple[Tensor | None, ...]) -> bool:
     given = [f for f in factors if f is not None]
     return (
@@ -222,24 +258,28 @@ def glu_bwd_adapters_(
     rows = cdiv(T, _BLOCK_T)
     tiles = cdiv(rows, min(rows, cdiv(_PROGRAMS, columns)))
     shares = cdiv(rows, tiles)
-    RD, RG, RU = (0 if f is None else f.shape[1] for f in factors)
-    PD, PG, PU = (max(16, next_power_of_2(R)) for R in (RD, RG, RU))
+    ranks = RD, RG, RU = tuple(0 if f is None else f.shape[1] for f in factors)
+    padded = PD, PG, PU = tuple(max(16, next_power_of_2(R)) for R in ranks)
     partial = [
-        gate.new_empty((shares, P, width), dtype=torch.float32) if R else None
-        for R, P in ((RD, PD), (RG, PG), (RU, PU))
+        gate.new_empty((shares, P, width), dtype=torch.float32) if R else gate
+        for R, P in zip(ranks, padded, strict=True)
+    ]
+    shapes = (RD, width), (width, RG), (width, RU)
+    sums = [
+        gate.new_empty(shape, dtype=torch.float32) if R else None
+        for R, shape in zip(ranks, shapes, strict=True)
     ]
     with launch_device(gate):
         _glu_bwd_adapters_kernel[(columns, shares)](
-            gate, up, dm, *(gate if f is None else f for f in factors),
-            *(gate if p is None else p for p in partial),
+            gate, up, dm, *(gate if f is None else f for f in factors), *partial,
             T, tiles, gate.stride(0), up.stride(0), dm.stride(0),
             *(0 if f is None else f.stride(0) for f in factors),
             WIDTH=width, RD=RD, RG=RG, RU=RU, PD=PD, PG=PG, PU=PU,
             BLOCK_T=_BLOCK_T, BLOCK_I=_BLOCK_I, ACTIVATION=activation,
             INTERPRETED=interpreting(), num_warps=_WARPS, num_stages=_STAGES,
         )  # fmt: skip
-    sums = [None if p is None else p.sum(0)[:R] for p, R in zip(partial, (RD, RG, RU), strict=True)]
-    dA, dB_gate, dB_up = sums
-    return GluAdapterGradients(
-        dA, None if dB_gate is None else dB_gate.t(), None if dB_up is None else dB_up.t()
-    )
+        _sum_shares_kernel[(columns, 3)](
+            *partial, *(gate if x is None else x for x in sums), shares,
+            WIDTH=width, RD=RD, RG=RG, RU=RU, PD=PD, PG=PG, PU=PU, BLOCK_I=_BLOCK_I,
+        )  # fmt: skip
+    return GluAdapterGradients(*sums)

@@ -9,11 +9,12 @@ A group is one to three projections of one X: q, k and v; gate and up; o alone; 
 
 LoRA and the bias are folded into the GEMM's K dimension, so that no output is read twice:
 
-    forward    Y  = [X, XA, 1] [W, sB, b]^T             XA = [D_i(X) A_i^T]
+    forward    Y  = [X, XA, 1] [W, B, b]^T              XA = [s_i D_i(X) A_i^T]
     backward   dX = [dY, G] [W; A]                      G  = [s_i dY_i B_i]
-               dA_i = G_i^T D_i(X)    dB_i = s_i dY_i^T XA_i    db_i = sum over T of dY_i
+               dA_i = G_i^T D_i(X)    dB_i = dY_i^T XA_i    db_i = sum over T of dY_i
 
-sB is block-diagonal over the projections; G, [dA] and [dB] are one GEMM each for the whole group.
+B is block-diagonal over the projections; G and [dA] are one GEMM each for the whole group. The
+scales go to A in forward and to B in backward, so that no gradient has to be multiplied by them.
 Folding costs a copy of what is not already in a wide buffer (dY often is: `gradient_room`);
 `folding_pays` counts the bytes, and the two GEMMs stay apart where they are cheaper.
 
@@ -38,14 +39,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafuse.kernels import fp8_linear
-from lorafuse.kernels.adapter_buffers import block_diagonal, stack
+from lorafuse.kernels.adapter_buffers import Scaled, write_adapters
 from lorafuse.kernels.gradient_room import ask_for_room, take_room
 from lorafuse.kernels.nf4 import Quantised4bit, dequantise, dequantise_rows
 from lorafuse.kernels.rms_norm import reference as rms_norm_reference
-from lorafuse.kernels.rms_norm import rms_norm_fwd
+from lorafuse.kernels.rms_norm import rms_norm_fwd, weigh_
 from lorafuse.kernels.runtime import mm_fp32
 
 Weight = Tensor | Quantised4bit
+
+# 16-bit columns at which a GEMM's operand may begin without being slower: 16 bytes.
+_ALIGNED = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +124,7 @@ class NormPrologue:
         if h.dtype != G.dtype or G.dtype == torch.float16:
             return None
         scaled = torch.mul(G, rstd.unsqueeze(1), out=torch.empty_like(G))
-        product = mm_fp32(scaled.t(), h)
-        return product.mul_(self.weight.to(product.dtype) + self.offset)
+        return weigh_(mm_fp32(scaled.t(), h), self.weight, self.offset)
 
     def reference(self, h: Tensor) -> Tensor:
         """X in plain torch."""
@@ -200,6 +203,7 @@ class Group:
             self.ranks.append(slice(r, to_r))
             n, r = to_n, to_r
         self.out_features = n
+        self.heights = [p.out_features for p in self.projections]
         self.has_bias = any(p.bias is not None for p in self.projections)
         self.rank = r
         self.has_lora = r > 0
@@ -285,50 +289,60 @@ class Group:
         """From here on W is written once, for every product of this group; it stays until then."""
         self._keeps = True
 
-    def forward_weight(self, like: Tensor) -> Tensor:
-        """[W, sB, b, 0] [N, K + fold_forward]; `like` is of the compute dtype."""
+    def forward_weight(self, like: Tensor, A_out: Tensor | None) -> Tensor:
+        """[W, B, b, 0] [N, K + fold_forward], and sA into `A_out` [>= R, K] where that is given.
+
+        `like` is of the compute dtype.
+        """
         K = self.in_features
         if self._keeps:
+            if A_out is not None:
+                self.write_adapters("A", A_out, None)
             return self._kept_weights(like)[: self.out_features]
         out = like.new_empty((self.out_features, K + self.fold_forward))
         self.write_weights(out[:, :K])
-        self.write_sB(out[:, K:], bias=True)
+        self.write_adapters("A", A_out, out[:, K:], bias=True)
         return out
 
-    def backward_weight(self, like: Tensor) -> Tensor:
-        """[W; A; 0] [N + fold_backward, K]; `like` is of the compute dtype."""
+    def backward_weight(self, like: Tensor, B_out: Tensor | None) -> Tensor:
+        """[W; A; 0] [N + fold_backward, K], and sB into `B_out` [N, >= R] where that is given.
+
+        `like` is of the compute dtype.
+        """
         N, K = self.out_features, self.in_features
         if self._keeps:
+            if B_out is not None:
+                self.write_adapters("B", None, B_out)
             return self._kept_weights(like)[:, :K]
         out = like.new_empty((N + self.fold_backward, K))
         self.write_weights(out[:N])
-        self.write_A(out[N:])
+        self.write_adapters("B", out[N:], B_out)
         return out
 
     def _kept_weights(self, like: Tensor) -> Tensor:
-        """[[W, sB, b], [A, -]]: both of the above are views of it."""
+        """[[W, B, b], [A, -]]: both of the above are views of it."""
         if self._kept is None:
             N, K = self.out_features, self.in_features
             out = like.new_empty((N + self.fold_backward, K + self.fold_forward))
             self.write_weights(out[:N, :K])
-            self.write_sB(out[:N, K:], bias=True)
-            self.write_A(out[N:, :K])
+            self.write_adapters(None, out[N:, :K], out[:N, K:], bias=True)
             self._kept = out
         return self._kept
 
-    def write_A(self, out: Tensor) -> Tensor:
-        """[A_1; A_2; ...] into `out` [>= R, K]; rows past R are zeroed."""
-        stack([p.A for p in self.projections], out)
-        return out
+    def write_adapters(
+        self, scaled: Scaled, A_out: Tensor | None, B_out: Tensor | None, *, bias: bool = False
+    ) -> None:
+        """Stacked A into `A_out` [>= R, K], block-diagonal B into `B_out` [N, >= R].
 
-    def write_sB(self, out: Tensor, *, bias: bool = False) -> Tensor:
-        """Block-diagonal sB into `out` [N, >= R], zeros elsewhere; with `bias`, b in its column."""
+        The scales are on what `scaled` names. With `bias`, b goes into its column of `B_out`.
+        """
         ps = self.projections
-        block_diagonal([p.B for p in ps], [p.out_features for p in ps], [p.scale for p in ps], out)
-        for p, rows in zip(ps, self.rows, strict=True):
-            if bias and p.bias is not None:
-                out[rows, self.bias_column].copy_(p.bias)
-        return out
+        As, Bs, scales = [p.A for p in ps], [p.B for p in ps], [p.scale for p in ps]
+        write_adapters(As, Bs, self.heights, scales, scaled, A_out, B_out)
+        if bias and self.has_bias and B_out is not None:
+            for p, rows in zip(ps, self.rows, strict=True):
+                if p.bias is not None:
+                    B_out[rows, self.bias_column].copy_(p.bias)
 
     def dropped(self, x: Tensor, index: int) -> Tensor:
         """D_i(X), drawn from the current generator in the order of the projections, as stock's."""
@@ -418,34 +432,41 @@ def group_fwd(
     fp8 = group.uses_fp8(T)
     if group.fold_forward == 0 or (fp8 and not group.has_lora):
         if fp8:
-            _fp8_forward(group, x, None, out)
+            _fp8_forward(group, x, out)
         else:
             _plain_forward(group, x, out)
         return (out if residual is None else out.add_(residual)), None
-    if xA is None:
-        target = x.new_empty((T, group.fold_forward)) if wide is None else wide[:, K:]
-        _write_lora_input(group, x, target)
-        saved = target if wide is None else target.contiguous()
+    N, F = group.out_features, group.fold_forward
+    A = None if xA is not None else x.new_empty((F, K))
+    if fp8 or wide is None:
+        B = x.new_empty((N, F))
+        group.write_adapters("A", A, B, bias=not fp8)
     else:
+        B = group.forward_weight(x, A)
+    if A is not None:
+        target = x.new_empty((T, F)) if wide is None else wide[:, K:]
+        _write_lora_input(group, x, A, target)
+        saved = target if wide is None else target.contiguous()
+        del A
+    else:
+        assert xA is not None
         saved = xA
         if wide is not None:
             wide[:, K:].copy_(xA)
     if fp8:
-        _fp8_forward(group, x, saved, out)
+        _fp8_forward(group, x, out, saved, B)
     elif wide is not None:
-        torch.mm(wide, group.forward_weight(x).t(), out=out)
+        torch.mm(wide, B.t(), out=out)
     else:
         _plain_forward(group, x, out)
-        sB = group.write_sB(x.new_empty((group.out_features, group.fold_forward)), bias=True)
-        out.addmm_(saved, sB.t())
+        out.addmm_(saved, B.t())
     return (out if residual is None else out.add_(residual)), saved
 
 
-def _write_lora_input(group: Group, x: Tensor, target: Tensor) -> None:
-    """[XA, 1, 0] into `target` [T, fold_forward], of any row stride."""
-    A = group.write_A(x.new_empty((group.fold_forward, group.in_features)))
+def _write_lora_input(group: Group, x: Tensor, A: Tensor, target: Tensor) -> None:
+    """[XA, 1, 0] into `target` [T, fold_forward], of any row stride; A [fold_forward, K] is sA."""
     if group.has_dropout:
-        target[:, group.ranks[-1].stop :].zero_()
+        target[:, group.rank :].zero_()
         for i, ranks in enumerate(group.ranks):
             if ranks.stop > ranks.start:
                 torch.mm(group.dropped(x, i), A[ranks].t(), out=target[:, ranks])
@@ -460,26 +481,17 @@ def _plain_forward(group: Group, x: Tensor, out: Tensor) -> None:
         torch.mm(x, group.plain_weight(i).t(), out=out[:, rows])
 
 
-def _fp8_forward(group: Group, x: Tensor, xA: Tensor | None, out: Tensor) -> None:
+def _fp8_forward(
+    group: Group, x: Tensor, out: Tensor, xA: Tensor | None = None, B: Tensor | None = None
+) -> None:
     """Base, LoRA and bias. A bias is added to the rounded output: few models have one."""
-    if xA is None:
+    if xA is None or B is None:
         fp8_linear.forward(group.weights, x, out)
     else:
-        sB = group.write_sB(x.new_empty((group.out_features, group.fold_forward)))
-        fp8_linear.forward(group.weights, x, out, xA, sB, group.rank)
+        fp8_linear.forward(group.weights, x, out, xA, B, group.rank)
     for p, rows in zip(group.projections, group.rows, strict=True):
         if p.bias is not None:
             out[:, rows].add_(p.bias)
-
-
-def lora_gradient(group: Group, dy: Tensor, dy_wide: Tensor | None) -> Tensor | None:
-    """G = [s_i dY_i B_i] [T, fold_backward]; in `dy_wide`'s right columns where that is given."""
-    if not group.has_lora:
-        return None
-    sB = group.write_sB(dy.new_empty((group.out_features, group.fold_backward)))
-    if dy_wide is None:
-        return dy @ sB
-    return torch.mm(dy, sB, out=dy_wide[:, group.out_features :])
 
 
 def adapter_gradients(
@@ -487,7 +499,7 @@ def adapter_gradients(
     x: Tensor | None,  # (T, K), compute dtype; None where dA is given
     xA: Tensor | None,  # (T, fold_forward), what group_fwd returned
     dy: Tensor,  # (T, N), compute dtype, any row stride
-    G: Tensor | None,  # (T, fold_backward), from lora_gradient
+    G: Tensor | None,  # (T, fold_backward), from input_gradient
     needs: Sequence[bool],
     rng: RngState | None = None,
     dA: Tensor | None = None,  # (>= R, K): G^T X, where the caller has it
@@ -496,15 +508,13 @@ def adapter_gradients(
     """dA_i, dB_i, db_i in the order of `flat_tensors`, each in its master's dtype, or None."""
     gradients: list[Tensor | None] = [None] * len(needs)
     if dB is None and xA is not None and any(needs[1::3]):
-        full = mm_fp32(dy.t(), xA)  # the blocks off the diagonal are not used
-        dB = [full[rows, ranks] for rows, ranks in zip(group.rows, group.ranks, strict=True)]
+        dB = _b_gradients(group, dy, xA, needs)
     for i, (p, rows) in enumerate(zip(group.projections, group.rows, strict=True)):
         if dB is not None and p.B is not None and needs[3 * i + 1]:
             product = dB[i]
             assert product is not None
-            # into B's own layout, whatever the product's strides are
-            gradient = torch.empty(p.B.shape, dtype=p.B.dtype, device=p.B.device)
-            gradients[3 * i + 1] = torch.mul(product, p.scale, out=gradient)
+            # in B's own layout, whatever the product's strides are
+            gradients[3 * i + 1] = product.to(p.B.dtype).contiguous()
         if p.bias is not None and needs[3 * i + 2]:
             # torch's pairwise sum is more exact than the column of a GEMM that meets the ones.
             wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
@@ -525,6 +535,21 @@ def adapter_gradients(
         if p.A is not None and needs[3 * i]:
             gradients[3 * i] = dA[group.ranks[i]].to(p.A.dtype)
     return gradients
+
+
+def _b_gradients(
+    group: Group, dy: Tensor, xA: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """dY_i^T XA_i [N_i, R_i] of each projection that needs it, in fp32."""
+    parts = list(zip(group.rows, group.ranks, strict=True))
+    if any(ranks.start % _ALIGNED for _, ranks in parts):
+        # One GEMM on aligned columns; its blocks off the diagonal are not used.
+        full = mm_fp32(dy.t(), xA)
+        return [full[rows, ranks] for rows, ranks in parts]
+    return [
+        mm_fp32(dy[:, rows].t(), xA[:, ranks]) if p.rank and need else None
+        for p, need, (rows, ranks) in zip(group.projections, needs[1::3], parts, strict=True)
+    ]
 
 
 def normed_adapter_gradients(
@@ -556,34 +581,49 @@ def normed_adapter_gradients(
 def input_gradient(
     group: Group,
     dy: Tensor,  # (T, N)
-    dy_wide: Tensor | None,  # (T, N + fold_backward): [dY, G]
-    G: Tensor | None,
+    dy_wide: Tensor | None,  # (T, N + fold_backward): dY on its left, room for G on its right
     rng: RngState | None = None,
-) -> Tensor:
-    """dX [T, K] in the compute dtype."""
-    K = group.in_features
-    if dy_wide is not None:
-        return dy_wide @ group.backward_weight(dy)  # dX = [dY, G] [W; A]
-    if group.uses_fp8(dy.shape[0]):  # with dropout, the masks come between G A and dX
+    *,
+    need_dx: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dX [T, K] in the compute dtype, G = [s_i dY_i B_i] [T, fold_backward]).
+
+    dX is None unless it is needed; G is None without LoRA. G is in `dy_wide`, where that is given.
+    """
+    K, N, F = group.in_features, group.out_features, group.fold_backward
+    B = dy.new_empty((N, F)) if group.has_lora else None
+    if need_dx and dy_wide is not None:
+        weight = group.backward_weight(dy, B)
+        G = None if B is None else torch.mm(dy, B, out=dy_wide[:, N:])
+        return dy_wide @ weight, G  # dX = [dY, G] [W; A]
+    G, A = None, None
+    if B is not None:
+        # With dropout, the masks come between G A and dX.
+        A = dy.new_empty((F, K)) if need_dx and not group.has_dropout else None
+        group.write_adapters("B", A, B)
+        G = dy @ B
+        del B
+    if not need_dx:
+        return None, G
+    if group.uses_fp8(dy.shape[0]):
         dx = dy.new_empty((dy.shape[0], K))
-        if G is not None and not group.has_dropout:
-            stacked = group.write_A(dy.new_empty((group.fold_backward, K)))
-            fp8_linear.input_gradient(group.weights, dy, dx, G, stacked, group.rank)
-            return dx
+        if A is not None:
+            fp8_linear.input_gradient(group.weights, dy, dx, G, A, group.rank)
+            return dx, G
         fp8_linear.input_gradient(group.weights, dy, dx)
     else:
         dx = dy[:, group.rows[0]] @ group.plain_weight(0)
         for i, rows in enumerate(group.rows[1:], start=1):
             dx.addmm_(dy[:, rows], group.plain_weight(i))
     if G is None:
-        return dx
-    if not group.has_dropout:
-        return dx.addmm_(G, group.write_A(dy.new_empty((group.fold_backward, K))))
+        return dx, None
+    if A is not None:
+        return dx.addmm_(G, A), G
     for i, keep in group.masks(dx, rng):
-        A = group.projections[i].A
-        assert A is not None
-        dx.addcmul_(G[:, group.ranks[i]] @ A.to(group.dtype), keep)
-    return dx
+        own = group.projections[i].A
+        assert own is not None
+        dx.addcmul_(G[:, group.ranks[i]] @ own.to(group.dtype), keep)
+    return dx, G
 
 
 def flat_tensors(projections: Sequence[LoraProjection]) -> list[Tensor | None]:
@@ -703,12 +743,11 @@ class LoraLinearFunction(torch.autograd.Function):
                 dy = dy_wide[:, : group.out_features]
             else:
                 dy, dy_wide = gather_gradients(group, parts, need_dx=need_dx)
-            G = lora_gradient(group, dy, dy_wide)
+            dx, G = input_gradient(group, dy, dy_wide, ctx.rng, need_dx=need_dx)
             needs = ctx.needs_input_grad[4:]
             adapters = adapter_gradients(group, flat.to(ctx.dtype), xA, dy, G, needs, ctx.rng)
-            dx = None
-            if need_dx:
-                dx = input_gradient(group, dy, dy_wide, G, ctx.rng).view(x.shape).to(x.dtype)
+            if dx is not None:
+                dx = dx.view(x.shape).to(x.dtype)
         dresidual = dys[0] if ctx.needs_input_grad[1] else None
         return dx, dresidual, None, None, *adapters
 

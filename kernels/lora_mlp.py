@@ -49,7 +49,6 @@ from lorafuse.kernels.lora_linear import (
     flat_tensors,
     group_fwd,
     input_gradient,
-    lora_gradient,
     normed_adapter_gradients,
     read_input,
     with_tensors,
@@ -267,8 +266,7 @@ def _backward_rows(
     dgu, dgu_wide = gu[:, :width], None
     if need_h and gu.shape[1] > width:
         dgu_wide = gu
-    G = lora_gradient(first, dgu, dgu_wide)
-    dx = input_gradient(first, dgu, dgu_wide, G, rng_first) if need_h else None
+    dx, G = input_gradient(first, dgu, dgu_wide, rng_first, need_dx=need_h)
     above = normed_adapter_gradients(
         first, h, spec.norm, rstd, gA, dgu, G, needs[:split], rng_first, dB
     )
@@ -339,10 +337,10 @@ def _down_backward(
     if not need_first:
         m = gate.new_empty((T, second.in_features))
         glu_fwd(gate, up, activation, m)
-        G = lora_gradient(second, dy, None)
+        _, G = input_gradient(second, dy, None, need_dx=False)
         return adapter_gradients(second, m, mA, dy, G, down_needs, rng), None
-    G = lora_gradient(second, dy, dy_wide)
-    dm = input_gradient(second, dy, dy_wide, G, rng)
+    dm, G = input_gradient(second, dy, dy_wide, rng)
+    assert dm is not None
     if second.has_dropout:
         # dA's other factor is D(m): m appears where dm was, once gate and up are overwritten.
         glu_bwd_(gate, up, dm, activation)

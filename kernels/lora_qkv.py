@@ -34,7 +34,6 @@ from lorafuse.kernels.lora_linear import (
     flat_tensors,
     group_fwd,
     input_gradient,
-    lora_gradient,
     normed_adapter_gradients,
     read_input,
     with_tensors,
@@ -171,8 +170,7 @@ class LoraQkvFunction(torch.autograd.Function):
             else:
                 for part, gradient in zip(parts, (dq, dk, dv), strict=True):
                     part.copy_(gradient)
-            G = lora_gradient(group, dy, wide)
-            dh = input_gradient(group, dy, wide, G, rng) if need_h else None
+            dh, G = input_gradient(group, dy, wide, rng, need_dx=need_h)
             adapters = normed_adapter_gradients(group, flat, norm, rstd, xA, dy, G, needs, rng)
             del dy, wide, G
             flat_around = None if around is None else as_rows(around)

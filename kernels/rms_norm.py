@@ -34,7 +34,7 @@ from lorafuse.kernels.runtime import (
     use_triton,
 )
 
-__all__ = ["reference", "rms_norm", "rms_norm_bwd", "rms_norm_fwd"]
+__all__ = ["reference", "rms_norm", "rms_norm_bwd", "rms_norm_fwd", "weigh_"]
 
 # Elements of one tile: 16 a thread at 4 warps, two 16-byte loads of a 16-bit row.
 _TILE = 2048
@@ -98,6 +98,18 @@ def _backward_reference(
     g = dy_wide * (offset + _wide(weight))
     dx = rstd.unsqueeze(-1) * (g - n * (g * n).mean(-1, keepdim=True))
     return (dx if residual_grad is None else dx + _wide(residual_grad)), dw
+
+
+@cached_launch
+@triton.jit
+def _weigh_kernel(x_ptr, w_ptr, F, K, offset, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr):
+    """BLOCK_K columns of BLOCK_F rows: x * (offset + w), in place."""
+    o_f = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F))[:, None]
+    o_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    mask = (o_f < F) & (o_k < K)
+    xs = x_ptr + o_f * K + o_k
+    w = tl.load(w_ptr + o_k, o_k < K, 0.0).to(tl.float32) + offset
+    tl.store(xs, tl.load(xs, mask, 0.0) * w, mask)
 
 
 @cached_launch
@@ -300,6 +312,24 @@ def rms_norm_bwd(
             HAS_RESIDUAL=residual_grad is not None, NEED_DW=need_dweight, num_warps=warps,
         )  # fmt: skip
     return dx, None if partial_dw is None else partial_dw.sum(0).to(weight.dtype)
+
+
+def weigh_(
+    x: Tensor,  # [F, K] contiguous, fp32 (fp64)
+    weight: Tensor,  # [K]
+    offset: float,
+) -> Tensor:
+    """x * (offset + weight), in place."""
+    if not use_triton(x):
+        return x.mul_(_wide(weight) + offset)
+    F, K = x.shape
+    BLOCK_K = min(_TILE, next_power_of_2(K))
+    BLOCK_F = _TILE // BLOCK_K
+    with launch_device(x):
+        _weigh_kernel[(cdiv(K, BLOCK_K), cdiv(F, BLOCK_F))](
+            x, weight, F, K, offset, BLOCK_F=BLOCK_F, BLOCK_K=BLOCK_K
+        )
+    return x
 
 
 def _as_rows(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorafuse.kernels import rms_norm as module
-from lorafuse.kernels.rms_norm import reference, rms_norm, rms_norm_bwd, rms_norm_fwd
+from lorafuse.kernels.rms_norm import reference, rms_norm, rms_norm_bwd, rms_norm_fwd, weigh_
 
 EPS = 1e-6
 NAMES = ("x", "weight", "residual")
@@ -207,6 +207,16 @@ def test_triton_equals_reference(randn, dtype, residual):
         got, want = (rms_norm(x, weight, EPS, 1.0),), (reference(x, weight, EPS, 1.0),)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (9, 256), (130, 5000), (0, 8)])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_columns_are_weighed_in_place(randn, shape, weight_dtype):
+    x, weight = randn(*shape, dtype=torch.float32), randn(shape[1], dtype=weight_dtype)
+    want = x * (weight.float() + 1.0)
+    found = weigh_(x, weight, 1.0)
+    assert found is x
+    torch.testing.assert_close(found, want)
 
 
 def test_one_element_a_row(oracle, randn, dtype):
