@@ -3,7 +3,7 @@ r"""The two large GEMMs of a LoRA group in FP8, with LoRA folded into K at bf16'
     forward    Y  = s_t s * [X8 | XA_hi | XA_lo | XA_hi] [W8 | B_hi | B_hi | B_lo]^T     (+ bias)
     backward   dX = s_t s * [dY8 | G_hi | G_lo | G_hi] [W8^T | A^T_hi | A^T_hi | A^T_lo]^T
 
-    X [T, K], dY [T, N], W [N, K]; XA = X A^T and G = s dY B [T, R] come in bf16, as do sB and A
+    X [T, K], dY [T, N], W [N, K]; XA = s X A^T and G = s dY B [T, R] come in bf16, as do B and A
     s_t: a scale for each token's row (`fp8`); s: the weights' scale (`fp8_weight`)
 
 Only the frozen part is coarse: X, W and dY keep four significant bits, an error of 3 to 4 % of Y
@@ -42,7 +42,7 @@ Weight = Tensor | Quantised4bit
 MIN_ROWS = 256
 # The r-wide codes of the weight's side stay below 2^this (`fp8.balance`). Low, so that c XA and c G
 # are large beside X and dY: at B = 1e-4, and rows of W of very different size, 8 bits are left of
-# LoRA's term; with 6 it were 6. Lower still, the low parts of sB itself become subnormal.
+# LoRA's term; with 6 it were 6. Lower still, the low parts of B itself become subnormal.
 _LOG2 = 2
 # The tensor cores' own sums, of fewer bits than fp32. The other kind costs speed.
 _FAST_SUMS = True
@@ -142,17 +142,17 @@ def forward(
     x: Tensor,  # (T, K), any row stride
     out: Tensor,  # (T, N)
     xA: Tensor | None = None,  # (T, >= R)
-    sB: Tensor | None = None,  # (N, >= R)
+    B: Tensor | None = None,  # (N, >= R)
     rank: int = 0,
 ) -> None:
-    """Writes X [W_1; W_2; ...]^T + XA sB^T into `out`."""
+    """Writes X [W_1; W_2; ...]^T + XA B^T into `out`."""
     K, N = x.shape[1], out.shape[1]
     F = fold_width(K, rank)
-    tops = group_tops(weights, sB if sB is None else sB[:, :rank])
+    tops = group_tops(weights, B if B is None else B[:, :rank])
     W = x.new_empty((N, K + F), dtype=E4M3)
     scale = x.new_empty((1, N), dtype=torch.float32)
     codes(weights, tops, W[:, :K])
-    fold(sB, rank, tops, _LOG2, W[:, K:], scale)
+    fold(B, rank, tops, _LOG2, W[:, K:], scale)
     _multiply(x, xA, tops, rank, W, scale, out)
 
 

@@ -31,7 +31,8 @@ LoRA: https://arxiv.org/abs/2106.09685
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +53,11 @@ Weight = Tensor | Quantised4bit
 _ALIGNED = 8
 
 
-@dataclass(frozen=True, eq=False)
-class LoraProjection:
+class LoraProjection(NamedTuple):
     """One linear layer with its active adapter, as the kernels see it.
+
+    (A tuple, for it is made four times a step for each linear layer: a frozen dataclass took four
+    times as long.)
 
     Attributes:
         weight: [N, K] frozen, fp32/fp16/bf16, or `Quantised4bit` of that shape.
@@ -179,55 +182,84 @@ def folding_pays(
     return copies_input * rows * inner + copies_weight * inner * outer < rows * outer
 
 
+class _Layout(NamedTuple):
+    """What follows from a group's sizes alone; see `Group`."""
+
+    in_features: int
+    out_features: int
+    heights: tuple[int, ...]
+    rows: tuple[slice, ...]
+    ranks: tuple[slice, ...]
+    rank: int
+    has_bias: bool
+    fold_forward: int
+    fold_backward: int
+
+
+@lru_cache(maxsize=1024)
+def _layout(K: int, sizes: tuple[tuple[int, int, bool], ...], align: int) -> _Layout:
+    """Args: in features; (out features, rank, with a bias) of each projection; `fold_alignment`."""
+    rows: list[slice] = []
+    ranks: list[slice] = []
+    n = r = 0
+    for out, rank, _ in sizes:
+        rows.append(slice(n, n + out))
+        ranks.append(slice(r, r + rank))
+        n, r = n + out, r + rank
+    has_bias = any(bias for _, _, bias in sizes)
+    return _Layout(
+        K, n, tuple(out for out, _, _ in sizes), tuple(rows), tuple(ranks), r, has_bias,
+        fold_columns(r + has_bias, align), fold_columns(r, align),
+    )  # fmt: skip
+
+
 class Group:
     """Layout of a group and its products, for one forward or backward pass.
 
     Args:
         projections: one to three projections of the same input.
         dtype: compute dtype of the GEMMs.
+
+    Attributes:
+        heights: N_i of each projection; `out_features` is their sum.
+        rows, ranks: where each projection's outputs, and its adapter's ranks, lie in the group.
+        fold_forward: width of [XA, 1, 0...].
+        fold_backward: width of [G, 0...].
     """
 
     def __init__(self, projections: Sequence[LoraProjection], dtype: torch.dtype) -> None:
-        self.projections = tuple(projections)
+        self.projections = ps = tuple(projections)
         self.dtype = dtype
-        self.weights: list[Weight] = [p.weight for p in self.projections]
+        self.weights: list[Weight] = [p.weight for p in ps]
         first = self.weights[0]
         self.device = (first.packed if isinstance(first, Quantised4bit) else first).device
-        self.in_features = self.projections[0].in_features
-        self.rows: list[slice] = []
-        self.ranks: list[slice] = []
-        n = r = 0
-        for p in self.projections:
-            to_n, to_r = n + p.out_features, r + p.rank
-            self.rows.append(slice(n, to_n))
-            self.ranks.append(slice(r, to_r))
-            n, r = to_n, to_r
-        self.out_features = n
-        self.heights = [p.out_features for p in self.projections]
-        self.has_bias = any(p.bias is not None for p in self.projections)
-        self.rank = r
-        self.has_lora = r > 0
-        self.bias_column = r
+        sizes = tuple(
+            [
+                (p.weight.shape[0], 0 if p.A is None else p.A.shape[0], p.bias is not None)
+                for p in ps
+            ]
+        )
+        layout = _layout(first.shape[1], sizes, fold_alignment(self.device))
+        self.in_features, self.out_features, self.heights = layout[:3]
+        self.rows, self.ranks, self.rank, self.has_bias = layout[3:7]
+        self.fold_forward, self.fold_backward = layout[7:]
+        self.bias_column = self.rank
+        self.has_lora = self.rank > 0
+        self.has_dropout = any([p.dropout > 0 and p.A is not None for p in ps])
+        # False when W is written afresh anyway: dequantised, or cast to the compute dtype.
+        self.copies_weight = all([isinstance(w, Tensor) and w.dtype == dtype for w in self.weights])
         self._keeps = False
         self._kept: Tensor | None = None
-        self.has_dropout = any(p.dropout > 0 and p.A is not None for p in self.projections)
-        align = fold_alignment(self.device)
-        self.fold_forward = fold_columns(r + self.has_bias, align)  # width of [XA, 1, 0...]
-        self.fold_backward = fold_columns(r, align)  # width of [G, 0...]
+        self._asks_fp8 = all([p.fp8 for p in ps])
         self._fp8: dict[int, bool] = {}  # of a number of rows; a pass asks up to four times
-
-    @property
-    def copies_weight(self) -> bool:
-        """False when W is written afresh anyway: dequantised, or cast to the compute dtype."""
-        return all(
-            isinstance(p.weight, Tensor) and p.weight.dtype == self.dtype for p in self.projections
-        )
 
     def uses_fp8(self, rows: int) -> bool:
         """Whether the base GEMMs run in FP8, with buffers of their own for what is folded in."""
+        if not self._asks_fp8:
+            return False
         known = self._fp8.get(rows)
         if known is None:
-            known = self._fp8[rows] = all(p.fp8 for p in self.projections) and not any(
+            known = self._fp8[rows] = not any(
                 fp8_linear.why_not(self.device, self.dtype, rows, p.in_features, p.out_features)
                 for p in self.projections
             )

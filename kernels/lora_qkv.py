@@ -59,13 +59,16 @@ class Heads:
         return (self.query + 2 * self.key_value) * self.size
 
     def split(self, qkv: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-        """Views [*shape, H, D] of the q, k and v columns of `qkv` [T, >= N]."""
-        parts, start = [], 0
-        for n in (self.query, self.key_value, self.key_value):
-            columns = qkv[:, start : start + n * self.size]
-            parts.append(columns.unflatten(0, shape).unflatten(-1, (n, self.size)))
-            start += n * self.size
-        return parts[0], parts[1], parts[2]
+        """Views [B, S, H, D] of the q, k and v columns of `qkv` [T, >= N]; `shape` is (B, S)."""
+        B, S = shape
+        row, D, start = qkv.stride(0), self.size, qkv.storage_offset()
+        counts = self.query, self.key_value, self.key_value
+        starts = start, start + counts[0] * D, start + (counts[0] + counts[1]) * D
+        q, k, v = (
+            qkv.as_strided((B, S, n, D), (S * row, row, D, 1), first)
+            for n, first in zip(counts, starts, strict=True)
+        )
+        return q, k, v
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,11 +59,14 @@ def interpreting() -> bool:
 class CachedLaunch:
     """A Triton kernel that is launched as ever, `kernel[grid](*args, **constants)`, in less time.
 
-    Triton specialises each launch anew, and a fused layer has some 40 of them: at 1 x 128 tokens of
+    Triton specialises each launch anew, and a fused layer has some 30 of them: at 1 x 128 tokens of
     an 8B model, this and `cdiv` took a step from 341 to 255 ms (H100's host, 2026-11-25). Here what
     decides the specialisation is a key: each integer itself, and each tensor's dtype and alignment,
     all finer than Triton's own. Under a known key the compiled kernel is launched, through the
     interface that Triton's tutorials use (`kernel[grid](*all_args)`).
+
+    A kernel's tensors come first and its floats, which decide nothing, last. (A float elsewhere is
+    part of the key: right, but compiled anew for each value.)
 
     Args:
         kernel: what `triton.jit` returned.
@@ -72,35 +75,48 @@ class CachedLaunch:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.names: tuple[str, ...] = tuple(kernel.arg_names)
-        self.compiled: dict[Any, Any] = {}
+        # Where the tensors end and the floats begin; known from the first launch on.
+        self.tensors = self.floats = 0
+        # key -> the compiled kernel, and the constants that are handed to it as well
+        self.compiled: dict[Any, tuple[Any, list[Any]]] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        if not self.compiled:
+            self._tell_apart(args)
+        tensors = args[: self.tensors]
         key = (
             torch.cuda.current_device(),
-            *constants.items(),
-            *[
-                (a.dtype, a.data_ptr() % 16 == 0)
-                if isinstance(a, Tensor)
-                else a.__class__
-                if isinstance(a, float)
-                else a
-                for a in args
-            ],
+            *constants,
+            *constants.values(),
+            *args[self.tensors : self.floats],
+            *[a.dtype for a in tensors],
+            *[a.data_ptr() & 15 for a in tensors],
+            *[a.__class__ for a in args[self.floats :]],
         )
-        compiled = self.compiled.get(key)
-        if compiled is None:
+        known = self.compiled.get(key)
+        if known is None:
             # As Triton does it; what it compiled is what it returns.
             found = self.kernel[grid](*args, **constants)
             if hasattr(found, "__getitem__"):
                 if len(self.compiled) >= _MOST_KEYS:  # of batches whose length changes
                     self.compiled.clear()
-                self.compiled[key] = found
+                rest = [constants[name] for name in self.names[len(args) :]]
+                self.compiled[key] = found, rest
             return
-        rest = [constants[name] for name in self.names[len(args) :]]
+        compiled, rest = known
         compiled[(*grid, 1, 1)[:3]](*args, *rest)
+
+    def _tell_apart(self, args: tuple[Any, ...]) -> None:
+        count = len(args)
+        self.tensors = next((i for i, a in enumerate(args) if not isinstance(a, Tensor)), count)
+        self.floats = count
+        while self.floats > self.tensors and isinstance(args[self.floats - 1], float):
+            self.floats -= 1
+        if any(isinstance(a, Tensor) for a in args[self.tensors :]):
+            raise TypeError(f"the tensors of {self.kernel} are to be its first arguments")
 
 
 def cached_launch(kernel: Any) -> Any:

@@ -101,36 +101,35 @@ class LinearReader:
             )
         weight = self.weight.read()
         bias = getattr(self.base, "bias", None)
+        fp8 = self.fp8 and self._uses_fp8(x)
         active = self._active()
         if not active:
-            return LoraProjection(weight, bias, fp8=self._uses_fp8(x))
-        dropout = self._dropout(active)
-        A, B, biases, scales = [], [], [], []
+            return LoraProjection(weight, bias, fp8=fp8)
+        lora: Any = self.lora
+        # Through the dicts: `lora.lora_A` is a search by nn.Module, for each layer of each forward.
+        downs, ups = lora._modules["lora_A"]._modules, lora._modules["lora_B"]._modules
+        dropout = self._dropout([lora._modules["lora_dropout"]._modules[name] for name in active])
+        A, B, scales = [], [], []
         for name in active:
-            down: Any = self.lora.lora_A[name]  # type: ignore[union-attr]
-            up: Any = self.lora.lora_B[name]  # type: ignore[union-attr]
+            down, up, scale = downs[name], ups[name], float(lora.scaling[name])
             if has_live_hooks(down) or has_live_hooks(up):
                 raise Unsupported("a hook on its LoRA matrices has to run")
-            check_plain(down.weight, "its LoRA matrix")
             A.append(down.weight)
             B.append(up.weight)
-            scales.append(float(self.lora.scaling[name]))  # type: ignore[union-attr]
-            if up.bias is not None:
-                biases.append(up.bias * scales[-1])
-        for extra in biases:
-            bias = extra if bias is None else bias + extra
+            check_plain(A[-1], "its LoRA matrix")
+            scales.append(scale)
+            extra = up.bias
+            if extra is not None:
+                extra = extra * scale
+                bias = extra if bias is None else bias + extra
         if len(active) == 1:
-            return LoraProjection(weight, bias, A[0], B[0], scales[0], dropout, self._uses_fp8(x))
+            return LoraProjection(weight, bias, A[0], B[0], scales[0], dropout, fp8)
         # s_1 B_1 A_1 + s_2 B_2 A_2 = [s_1 B_1 | s_2 B_2] [A_1; A_2]
         scaled = [b * s for b, s in zip(B, scales, strict=True)]
-        return LoraProjection(
-            weight, bias, torch.cat(A), torch.cat(scaled, 1), 1.0, dropout, self._uses_fp8(x)
-        )
+        return LoraProjection(weight, bias, torch.cat(A), torch.cat(scaled, 1), 1.0, dropout, fp8)
 
     def _uses_fp8(self, x: Tensor) -> bool:
-        """Whether this call computes in FP8; counted."""
-        if not self.fp8:
-            return False
+        """Whether this call computes in FP8, as it is to; counted."""
         rows = x.numel() // x.shape[-1]
         reason = why_not(x.device, compute_dtype(x), rows, self.in_features, self.out_features)
         if reason is None:
@@ -141,7 +140,7 @@ class LinearReader:
 
     def _active(self) -> list[str]:
         """Names of the adapters that this call applies, in PEFT's order."""
-        lora = self.lora
+        lora: Any = self.lora
         if lora is None:
             return []
         if lora.disable_adapters:
@@ -150,18 +149,18 @@ class LinearReader:
             return []
         if lora.merged:
             return []
-        names = [name for name in lora.active_adapters if name in lora.lora_A]
-        for name in names:
-            if name in lora.lora_variant:
-                variant = type(lora.lora_variant[name]).__name__
+        known, variants = lora._modules["lora_A"]._modules, lora.lora_variant
+        names = [name for name in lora.active_adapters if name in known]
+        for name in names if variants else ():
+            if name in variants:
+                variant = type(variants[name]).__name__
                 raise Unsupported(f"its adapter is a LoRA variant ({variant})")
         return names
 
-    def _dropout(self, active: Sequence[str]) -> float:
-        """The LoRA dropout probability of this call."""
+    def _dropout(self, layers: Sequence[nn.Module]) -> float:
+        """The LoRA dropout probability of this call, from the active adapters' layers."""
         rates = []
-        for name in active:
-            layer = self.lora.lora_dropout[name]  # type: ignore[union-attr]
+        for layer in layers:
             if isinstance(layer, nn.Dropout):
                 rates.append(layer.p if layer.training else 0.0)
             elif isinstance(layer, nn.Identity):

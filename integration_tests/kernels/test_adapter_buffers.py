@@ -30,8 +30,15 @@ def check(out, want):
 @pytest.mark.parametrize("masters", [torch.float32, None], ids=["fp32 masters", "same dtype"])
 @pytest.mark.parametrize(
     ("K", "outs", "scaled"),
-    [(16, "AB", "A"), (123, "AB", "B"), (2500, "A", "A"), (123, "A", None), (16, "B", "B"), (16, "B", None)],
-)  # fmt: skip
+    [
+        (16, "AB", "A"),
+        (123, "AB", "B"),
+        (2500, "A", "A"),
+        (123, "A", None),
+        (16, "B", "B"),
+        (16, "B", None),
+    ],
+)
 def test_what_is_written(randn, device, dtype, ranks, masters, K, outs, scaled):
     rows, scales = ROWS[: len(ranks)], SCALES[: len(ranks)]
     As = [randn(r, K, dtype=masters or dtype) if r else None for r in ranks]

@@ -1,6 +1,5 @@
 """LoRA groups in FP8: a coarse base, LoRA's part at bf16's precision, and where it runs at all."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -59,7 +58,7 @@ def make(randn: Callable[..., Tensor]) -> Callable[..., LoraProjection]:
 
 
 def changed(projections: Sequence[LoraProjection], **changes: object) -> list[LoraProjection]:
-    return [dataclasses.replace(p, **changes) for p in projections]
+    return [p._replace(**changes) for p in projections]
 
 
 def exactly(projections: Sequence[LoraProjection]) -> list[LoraProjection]:
@@ -174,9 +173,7 @@ def test_a_small_step_of_B_shows_in_the_output(randn, make) -> None:
     x = randn(256, 64, dtype=BF16)
     assert p.B is not None
     step = 0.01 * p.B
-    before, after = (
-        lora_linear(x, [dataclasses.replace(p, B=B)])[0].double() for B in (p.B, p.B + step)
-    )
+    before, after = (lora_linear(x, [p._replace(B=B)])[0].double() for B in (p.B, p.B + step))
     assert p.A is not None
     expected = 0.5 * (x.double() @ p.A.double().t()) @ step.double().t()
     slope = ((after - before) * expected).sum() / expected.square().sum()
@@ -260,7 +257,7 @@ def test_autocast_and_fp32_input(randn, make, device) -> None:
     x = randn(40, 64)
     with torch.autocast(device.type, BF16):
         (y,) = lora_linear(x, [p])
-        (plain,) = lora_linear(x, [dataclasses.replace(p, fp8=False)])
+        (plain,) = lora_linear(x, [p._replace(fp8=False)])
     assert y.dtype == BF16 and 5e-3 < error(y, plain.double()) < 5e-2
     assert torch.equal(lora_linear(x, [p])[0], lora_linear(x, changed([p], fp8=False))[0])
 
@@ -269,7 +266,7 @@ def test_nothing_changes_where_it_does_not_run(randn, make, monkeypatch, device)
     monkeypatch.setattr(fp8_linear, "MIN_ROWS", 16)
     p, q = make(48, 64, 4, bias=True), make(24, 64, 4)
     cases = {
-        "one of the group does not ask": ([p, dataclasses.replace(p, fp8=False)], 40, BF16),
+        "one of the group does not ask": ([p, p._replace(fp8=False)], 40, BF16),
         "24 outputs": ([p, q], 40, BF16),
         "few rows": ([p], 15, BF16),
         "fp32": ([p], 40, torch.float32),

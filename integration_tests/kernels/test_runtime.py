@@ -57,6 +57,13 @@ def test_what_triton_specialises_on_is_launched_anew(kernel) -> None:
         assert run(*other) == "triton" and run(*other) == "cached", other
     assert run(x, 16, 0.5, BLOCK=32) == "triton"
     assert run(x, 16, 0.5) == "cached"
+    assert run(x, 16, 2) == "triton", "an integer where a float was is another signature"
+
+
+def test_a_tensor_behind_a_number_is_refused(kernel) -> None:
+    launch, _ = kernel
+    with pytest.raises(TypeError, match="first arguments"):
+        launch[(1,)](torch.zeros(4), 4, torch.zeros(4), BLOCK=4)
 
 
 def test_batches_of_ever_new_lengths_do_not_pile_up(kernel) -> None:
