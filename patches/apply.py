@@ -28,6 +28,8 @@ from lorafuse.patches.decoder_layer import FusedDecoderLayer
 from lorafuse.patches.documents import DocumentFinder
 from lorafuse.patches.fp8 import OPERATION as FP8
 from lorafuse.patches.fp8 import Fp8Noise, Fp8Record, Group, measure_noise, switch_on
+from lorafuse.patches.layer_graphs import GraphRecord, LayerGraphs
+from lorafuse.patches.layer_graphs import why_not as why_no_graphs
 from lorafuse.patches.loss import FusedCausalLoss, recognise_causal_head, verify_causal_loss
 from lorafuse.patches.mlp import FusedMlp
 from lorafuse.patches.norms import FusedRmsNorm
@@ -102,11 +104,14 @@ class OperationRecord:
         return {} if self.forward is None else dict(self.forward.stock_calls)
 
 
+Record = OperationRecord | Fp8Record | CheckpointingRecord | GraphRecord
+
+
 @dataclass
 class FusedModel:
     """The outcome of `apply`, and the way back."""
 
-    records: list[OperationRecord | Fp8Record | CheckpointingRecord] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     binding: Binding = field(default_factory=Binding)
     fp8_noise: Fp8Noise | None = None
@@ -147,8 +152,9 @@ class _Applier:
         fp8: bool,
         checkpointing: str,
         budget_bytes: float | None,
+        graphs: bool,
     ) -> None:
-        self.model, self.enabled, self.fp8 = model, enabled, fp8
+        self.model, self.enabled, self.fp8, self.graphs = model, enabled, fp8, graphs
         self.checkpointing = Checkpointing(checkpointing, budget_bytes)
         self.groups: list[Group] = []
         self.structures, self.formats, self.backend = structures, formats, backend
@@ -184,6 +190,8 @@ class _Applier:
                 self.result.records.append(Fp8Record("", _NO_ADAPTERS))
             if self.checkpointing.mode != AUTO:
                 self.result.records.append(CheckpointingRecord("", reason=_NO_ADAPTERS))
+            if self.graphs:
+                self.result.records.append(GraphRecord("", reason=_NO_ADAPTERS))
             return self.result
         layers = [f for f in found if isinstance(f.description, DecoderLayer)]
         self.probe(layers, [f for f in found if isinstance(f.description, Attention)])
@@ -200,6 +208,8 @@ class _Applier:
                     fuse_one(f)
         self.causal_loss()
         self.checkpoint(layers)
+        if self.graphs:
+            self.record_graphs(layers)
         self.report_nothing()
         if self.fp8:
             self.switch_fp8_on()
@@ -311,6 +321,23 @@ class _Applier:
             moved = chosen.move_embeddings(self.core())
             self.result.notes += [line for line in (replaced, moved) if line is not None]
         self.result.notes += self.idle_memory_flags()
+
+    def record_graphs(self, layers: Sequence[_Found]) -> None:
+        """Has the layers replayed as CUDA graphs: all of them, or none."""
+        forwards = [f.description.module.__dict__.get("forward") for f in layers]
+        whole = [one for one in forwards if isinstance(one, FusedDecoderLayer)]
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        reason = why_no_graphs(device)
+        if not whole or len(whole) != len(forwards):
+            reason = "not every decoder layer is fused whole"
+        if reason is not None:
+            self.result.records.append(GraphRecord("", reason=reason))
+            return
+        graphs = LayerGraphs()
+        graphs.layers = whole
+        for f, forward in zip(layers, whole, strict=True):
+            forward.graphs = graphs
+            self.result.records.append(GraphRecord(f.name, graphs))
 
     def idle_memory_flags(self) -> Iterator[str]:
         """What was asked of memory and has no effect here, and why."""
@@ -599,6 +626,7 @@ def apply(
     fp8: bool = False,
     checkpointing: str = AUTO,
     budget_bytes: float | None = None,
+    graphs: bool = False,
 ) -> FusedModel:
     """Binds fused forwards on the instances of `model`, each proven first.
 
@@ -611,13 +639,15 @@ def apply(
         fp8: base GEMMs in FP8 where this GPU can; never by default, for it is coarser than bf16.
         checkpointing: what decoder layers keep for backward, a mode of `checkpointing`.
         budget_bytes: of GPU memory, for `auto`; None: what there is.
+        graphs: replay decoder layers as CUDA graphs where batches keep one shape.
 
     Returns:
         What was fused, what not and why, and the way back.
     """
     applier = _Applier(
-        model, enabled, structures, weight_formats, attention, fp8, checkpointing, budget_bytes
-    )
+        model, enabled, structures, weight_formats, attention, fp8, checkpointing, budget_bytes,
+        graphs,
+    )  # fmt: skip
     try:
         return applier.run()
     except BaseException:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.bind import FusedForward, Unsupported
 from lorafuse.patches.documents import DocumentFinder, Layout
 from lorafuse.patches.norms import apply_norm, prologue
-from lorafuse.patches.recomputation import Note, Tape, run_stage
+from lorafuse.patches.recomputation import Note, ignore
 from lorafuse.patches.structure import Attention, Projections, drops_out
 from lorafuse.patches.weights import WeightFormat
 
@@ -178,36 +177,14 @@ class AttentionReader:
         self,
         h: Tensor,
         projections: Sequence[LoraProjection],
-        norm: NormPrologue | None,
-        residual: bool,
         position_embeddings: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None,
         cache: Any,
         kwargs: dict[str, Any],
-        tape: Tape | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(attention [B, S, Hq D], h to be added for `residual`, attention weights or None)."""
-        project = partial(
-            self.project,
-            projections=projections,
-            norm=norm,
-            residual=residual,
-            position_embeddings=position_embeddings,
-        )
-        if tape is not None and tape.attention_again and cache is None:
-
-            def all_of_it(note: Note, h: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-                q, k, v, *around = project(note, h)
-                attended, weights = self.attend(q, k, v, attention_mask, cache, kwargs)
-                note(attended)
-                return attended, around[0] if around else h, weights
-
-            found: tuple[Tensor, Tensor, Tensor | None]
-            found = tape.stage(all_of_it, projections, h)
-            return found
-        q, k, v, *around = run_stage(tape, project, projections, h)
-        attended, weights = self.attend(q, k, v, attention_mask, cache, kwargs)
-        return attended, around[0] if around else h, weights
+    ) -> tuple[Tensor, Tensor | None]:
+        """(attention [B, S, Hq D], attention weights or None)."""
+        q, k, v = self.project(ignore, h, projections, None, False, position_embeddings)
+        return self.attend(q, k, v, attention_mask, cache, kwargs)
 
     def attend(
         self,
@@ -423,9 +400,7 @@ class FusedAttention(FusedForward):
         except Unsupported as unsupported:
             return self.fall_back(unsupported.reason, *args, **kwargs)
         self.calls += 1
-        attended, _, weights = self.attention(
-            h, qkv, None, False, positions, mask, cache, arguments
-        )
+        attended, weights = self.attention(h, qkv, positions, mask, cache, arguments)
         return lora_o(attended, output), weights
 
 

@@ -8,10 +8,12 @@
 With norms behind the blocks (Gemma 2 and 3), the residual is added after them.
 
 What is kept of it for backward is `checkpointing`'s to say: with a tape, q, k, v and h2 are stages
-that run again, and gate/up are computed again within their Function.
+that run again, and gate/up are computed again within their Function. Where all is kept,
+`layer_graphs` may replay what it has recorded of the parts before and behind attention.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,8 +22,10 @@ from torch import Tensor
 from lorafuse.kernels.lora_linear import (
     LoraProjection,
     NormPrologue,
+    flat_tensors,
     fold_alignment,
     fold_columns,
+    with_tensors,
 )
 from lorafuse.kernels.lora_o import lora_o
 from lorafuse.patches.adapters import LinearReader
@@ -30,11 +34,73 @@ from lorafuse.patches.bind import FusedForward, Unsupported
 from lorafuse.patches.checkpointing import LayerCheckpointing, LayerSizes
 from lorafuse.patches.documents import DocumentFinder
 from lorafuse.patches.hooks import has_live_hooks
+from lorafuse.patches.layer_graphs import LayerGraphs, identity
 from lorafuse.patches.mlp import MlpReader
 from lorafuse.patches.norms import apply_norm, prologue
 from lorafuse.patches.recomputation import Note, Tape, run_stage
 from lorafuse.patches.structure import DecoderLayer
 from lorafuse.patches.weights import WeightFormat
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """One call of a layer: what it was called with, and what its modules hold now."""
+
+    h: Tensor
+    qkv: Sequence[LoraProjection]
+    output: LoraProjection
+    gate_up: Sequence[LoraProjection]
+    down: LoraProjection
+    norm_1: NormPrologue
+    norm_2: NormPrologue
+    positions: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
+    cache: Any
+    arguments: dict[str, Any]
+    # Weights of the norms that are not in front of a block: on each head, and behind the blocks.
+    head_norms: tuple[Tensor, ...]
+    post_norms: tuple[Tensor, ...]
+
+    def projections(self) -> tuple[LoraProjection, ...]:
+        return (*self.qkv, self.output, *self.gate_up, self.down)
+
+    def read(self) -> tuple[Any, ...]:
+        """What tells one state of the layer's modules from another: see `layer_graphs.identity`."""
+        norms = (self.norm_1.weight, self.norm_2.weight, *self.head_norms, *self.post_norms)
+        return (
+            *[identity(p) for p in self.projections()],
+            *[(w.data_ptr(), w.requires_grad) for w in norms],
+        )
+
+    def parameters(self, *, before: bool) -> tuple[Tensor, ...]:
+        """Those that are trained, of the part before attention or of that behind it."""
+        own = self.qkv if before else (self.output, *self.gate_up, self.down)
+        found = {id(t): t for t in flat_tensors(own) if t is not None}
+        return tuple(t for t in found.values() if t.requires_grad)
+
+    def apart(self) -> "Prepared":
+        """With leaves of the same memory for the adapters: whose hooks do not run for these."""
+        leaves: dict[int, Tensor] = {}
+
+        def own(projections: Sequence[LoraProjection]) -> tuple[LoraProjection, ...]:
+            tensors = flat_tensors(projections)
+            for t in tensors:
+                if t is not None and id(t) not in leaves:
+                    leaves[id(t)] = t.detach().requires_grad_(t.requires_grad)
+            return with_tensors(
+                projections, [None if t is None else leaves[id(t)] for t in tensors]
+            )
+
+        (output,), (down,) = own([self.output]), own([self.down])
+        return replace(self, qkv=own(self.qkv), output=output, gate_up=own(self.gate_up), down=down)
+
+    def at(self, h: Tensor, positions: tuple[Tensor, ...]) -> "Prepared":
+        """The same with another input, which brings neither a mask nor more arguments."""
+        pair = (positions[0], positions[1]) if positions else None
+        return replace(self, h=h, positions=pair, mask=None, arguments={})
+
+    def without_activations(self) -> "Prepared":
+        return self.at(self.h.new_empty(0), self.positions or ())
 
 
 class FusedDecoderLayer(FusedForward):
@@ -56,6 +122,8 @@ class FusedDecoderLayer(FusedForward):
         self.mlp = MlpReader(layer.mlp, formats)
         # How this layer keeps its activations; None: all of them stay.
         self.checkpointing: LayerCheckpointing | None = None
+        # Replays the layer where it can; None: it always runs as it stands.
+        self.graphs: LayerGraphs | None = None
 
     def linear_groups(self) -> list[Sequence[Any]]:
         return [*self.attention.linear_groups(), *self.mlp.linear_groups()]
@@ -100,43 +168,73 @@ class FusedDecoderLayer(FusedForward):
         except Unsupported as unsupported:
             return self.fall_back(unsupported.reason, *args, **kwargs)
         self.calls += 1
+        prepared = Prepared(
+            h, *attention, *mlp, norm_1, norm_2, positions, mask, cache, arguments,
+            self.head_norms(), self.post_norms(),
+        )  # fmt: skip
         keeping = (
             None if self.checkpointing is None else self.checkpointing.begin(h, positions or ())
         )
-        forward = partial(
-            self.forward, h, attention, mlp, norm_1, norm_2, positions, mask, cache, arguments
-        )
+        if self.graphs is not None:
+            replayed = self.graphs.call(self, prepared, keeps_all=keeping is None)
+            if replayed is not None:
+                return replayed
         if keeping is None:
-            return forward(None, 0)
+            return self.forward(prepared, None, 0)
         with keeping.tape:
-            return forward(keeping.tape, keeping.tile_rows)
+            return self.forward(prepared, keeping.tape, keeping.tile_rows)
 
-    def forward(
-        self,
-        h: Tensor,
-        attention: tuple[Sequence[LoraProjection], LoraProjection],
-        mlp: tuple[Any, Any],
-        norm_1: NormPrologue,
-        norm_2: NormPrologue,
-        positions: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: Any,
-        arguments: dict[str, Any],
-        tape: Tape | None,
-        tile_rows: int,
-    ) -> Tensor:
+    def forward(self, prepared: Prepared, tape: Tape | None, tile_rows: int) -> Tensor:
         """The fused path. `tape`: says what is kept; None: all. `tile_rows`: of the MLP."""
-        post_1, post_2 = self.layer.attention_post_norm, self.layer.mlp_post_norm
-        qkv, output = attention
-        attended, beside, _ = self.attention(
-            h, qkv, norm_1, post_1 is None, positions, mask, cache, arguments, tape
+        h, qkv = prepared.h, prepared.qkv
+        if tape is not None and tape.attention_again and prepared.cache is None:
+
+            def all_of_it(note: Note, h: Tensor) -> tuple[Tensor, Tensor]:
+                q, k, v, *around = self.project(note, h, prepared)
+                attended = self.attend(q, k, v, prepared)
+                note(attended)
+                return attended, around[0] if around else h
+
+            attended, beside = tape.stage(all_of_it, qkv, h)
+        else:
+            q, k, v, *around = run_stage(tape, partial(self.project, prepared=prepared), qkv, h)
+            attended = self.attend(q, k, v, prepared)
+            beside = around[0] if around else h
+        return self.behind_attention(tape, attended, beside, prepared, tile_rows)
+
+    def project(self, note: Note, h: Tensor, prepared: Prepared) -> tuple[Tensor, ...]:
+        """q, k and v of `h`; and h, where nothing but a sum is made of it behind attention."""
+        passes = self.layer.attention_post_norm is None
+        return self.attention.project(
+            note, h, prepared.qkv, prepared.norm_1, passes, prepared.positions
         )
-        add = partial(self.add_attention, output=output)
-        h2: Tensor = run_stage(tape, add, [output], attended, beside)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> Tensor:
+        """[B, S, Hq D]."""
+        one = prepared
+        return self.attention.attend(q, k, v, one.mask, one.cache, one.arguments)[0]
+
+    def behind_attention(
+        self, tape: Tape | None, attended: Tensor, h: Tensor, prepared: Prepared, tile_rows: int = 0
+    ) -> Tensor:
+        """The layer's output from attention's, and the layer's input beside it."""
+        post_2, norm_2, mlp = (
+            self.layer.mlp_post_norm, prepared.norm_2, (prepared.gate_up, prepared.down),
+        )  # fmt: skip
+        add = partial(self.add_attention, output=prepared.output)
+        h2: Tensor = run_stage(tape, add, [prepared.output], attended, h)
         keep = tape is None
         if post_2 is None:
             return self.mlp(h2, mlp, norm_2, True, keep, tile_rows)
         return h2 + apply_norm(post_2, self.mlp(h2, mlp, norm_2, False, keep, tile_rows))
+
+    def head_norms(self) -> tuple[Tensor, ...]:
+        norms = self.attention.q_norm, self.attention.k_norm
+        return tuple(n.weight for n in norms if n is not None)
+
+    def post_norms(self) -> tuple[Tensor, ...]:
+        norms = self.layer.attention_post_norm, self.layer.mlp_post_norm
+        return tuple(n.weight for n in norms if n is not None)
 
     def add_attention(self, note: Note, o: Tensor, h: Tensor, output: LoraProjection) -> Tensor:
         """h2 = h + o(attention), with the norm behind o where there is one."""

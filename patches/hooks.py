@@ -13,13 +13,24 @@ from torch import nn
 _CAPTURING = "transformers.utils.output_capturing"
 
 
-def _capture_is_active() -> bool:
+def _collected() -> dict[str, Any] | None:
+    """What transformers collects of the forward that is running; None where nobody can tell."""
     try:
         from transformers.utils.output_capturing import _active_collector
     except ImportError:
-        return True
+        return None
     collected: dict[str, Any] | None = _active_collector.get()  # type: ignore[no-untyped-call]
-    return bool(collected) and any(key != "hidden_states" for key in collected or ())
+    return collected or {}
+
+
+def _capture_is_active() -> bool:
+    collected = _collected()
+    return collected is None or any(key != "hidden_states" for key in collected)
+
+
+def collects_hidden_states() -> bool:
+    """Whether the forward that is running hands out its layers' outputs."""
+    return "hidden_states" in (_collected() or ())
 
 
 def has_live_hooks(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lorafuse.kernels.lora_linear import LoraProjection, RngState, forked_rng
 from lorafuse.patches.offload import HostCopy, Offloader
 
-__all__ = ["Note", "Stage", "Tape", "run_stage"]
+__all__ = ["Note", "Stage", "Tape", "ignore", "run_stage"]
 
 # Below, a tensor is not worth a copy to the host: rstd, log-sum-exp, the r-wide XA.
 SMALL_BYTES = 2**23
@@ -292,9 +292,9 @@ def run_stage(
 ) -> Any:
     """`tape.stage`, or plainly `run` where there is no tape."""
     if tape is None:
-        return run(_ignore, *inputs)
+        return run(ignore, *inputs)
     return tape.stage(run, projections, *inputs)
 
 
-def _ignore(tensor: Tensor) -> None:
-    pass
+def ignore(tensor: Tensor) -> None:
+    """The `Note` of who keeps no tape."""

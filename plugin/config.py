@@ -25,6 +25,7 @@ OPERATIONS = (*SWITCHES, "fused_attention")
 # What is fused beside the model's own operations.
 OPTIMIZER = "fused_optimizer"
 FP8 = "fused_fp8"
+GRAPHS = "fused_graphs"
 # The operations whose GEMMs FP8 is for.
 WITH_FP8 = ("fused_lora_mlp", "fused_lora_qkv", "fused_lora_o")
 _NAMED = (*OPERATIONS, OPTIMIZER)
@@ -49,6 +50,9 @@ class FuseConfig(BaseModel):
         fused_fp8: The base GEMMs of the LoRA operations in FP8 (e4m3, a scale for each token):
             faster on Hopper and newer GPUs, and coarser than bf16. LoRA's own part keeps its
             precision. Neither `fused: true` nor naming no operation turns it on.
+        fused_graphs: Decoder layers that are fused whole are replayed as CUDA graphs where batches
+            keep one shape, so that the host is not what short ones wait for. In trial: off unless
+            it is set.
         fused_checkpointing: What decoder layers that are fused whole keep for backward, in place of
             the trainer's own gradient checkpointing. `off` keeps all, `selective` computes again
             what is cheap, `offload` also moves what it keeps to the host, `auto` picks for each
@@ -75,6 +79,7 @@ class FuseConfig(BaseModel):
     fused_attention: Literal["auto", "sdpa", "off"] = "auto"
     fused_optimizer: StrictBool = True
     fused_fp8: StrictBool = False
+    fused_graphs: StrictBool = False
     fused_checkpointing: Literal["off", "selective", "offload", "auto"] = "auto"
     fused_memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
     fused_strict: StrictBool = False

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from lorafuse.patches.fp8 import unavailable
 from lorafuse.plugin.axolotl_yaml import check, names_plugin, why_aside
-from lorafuse.plugin.config import EVERYTHING, FP8, PREFIX, FuseConfig
+from lorafuse.plugin.config import EVERYTHING, FP8, GRAPHS, PREFIX, FuseConfig
 from lorafuse.plugin.errors import FuseConfigError
 from lorafuse.plugin.fuse import fuse_with
 from lorafuse.plugin.manager import Plugins
@@ -65,14 +65,16 @@ def diagnose(target: str) -> Diagnosis:
     whole = load_config(settings)
     model = sketch(whole, settings)
     # A strict run is judged when all is known, so that the table can be seen first.
-    # FP8 is a matter of the GPU, and this runs on the CPU.
-    lenient = config.model_copy(update={"fused_strict": False, FP8: False})
+    # FP8 and graphs are a matter of the GPU, and this runs on the CPU.
+    lenient = config.model_copy(update={"fused_strict": False, FP8: False, GRAPHS: False})
     report = fuse_with(model, lenient, plugins, why_aside(settings))
     _try_a_step(model, report, training_dtype(settings))
     report.config = config
     if config.fused_fp8:
         gpu = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         report.notes.append(f"{FP8}: {unavailable(gpu) or 'this GPU can'}; tried here without it")
+    if config.fused_graphs:
+        report.notes.append(f"{GRAPHS}: for CUDA GPUs; tried here without it")
     return Diagnosis(report, _describe(whole, model, settings), advice)
 
 

@@ -7,13 +7,12 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lorafuse.patches.apply import FusedModel, OperationRecord, apply
-from lorafuse.patches.checkpointing import AUTO, CheckpointingRecord
+from lorafuse.patches.apply import FusedModel, OperationRecord, Record, apply
+from lorafuse.patches.checkpointing import AUTO
 from lorafuse.patches.checkpointing import OPERATION as CHECKPOINTING
-from lorafuse.patches.fp8 import Fp8Record
 from lorafuse.patches.optimizer import fuse_optimizer
 from lorafuse.plugin import log
-from lorafuse.plugin.config import FP8, OPTIMIZER, PREFIX, FuseConfig
+from lorafuse.plugin.config import FP8, GRAPHS, OPTIMIZER, PREFIX, FuseConfig
 from lorafuse.plugin.errors import FuseConfigError, FuseError
 from lorafuse.plugin.manager import Plugins
 from lorafuse.plugin.report import FuseReport
@@ -156,14 +155,16 @@ def _apply(model: nn.Module, config: FuseConfig, plugins: Plugins) -> FusedModel
         fp8=config.fused_fp8,
         checkpointing=config.fused_checkpointing,
         budget_bytes=None if config.fused_memory_gb is None else 1e9 * config.fused_memory_gb,
+        graphs=config.fused_graphs,
     )
 
 
 def _stand_aside(config: FuseConfig, reason: str) -> FusedModel:
     asked = [name for name, on in config.enabled().items() if on]
     asked += [FP8.removeprefix(PREFIX)] if config.fused_fp8 else []
+    asked += [GRAPHS.removeprefix(PREFIX)] if config.fused_graphs else []
     asked += [CHECKPOINTING] if config.fused_checkpointing != AUTO else []
-    records: list[OperationRecord | Fp8Record | CheckpointingRecord] = [
+    records: list[Record] = [
         OperationRecord(
             operation=name, module="", fused=False, level="", reason=reason, forward=None
         )
