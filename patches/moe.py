@@ -28,7 +28,7 @@ from lorafuse.patches.weights import check_plain, from_state
 _STOCK = (None, "eager", "batched_mm", "grouped_mm")
 # bitsandbytes' and Axolotl's hooks around a parametrized module, which only cache what it reads.
 _CACHING = ("_enable_parametrization_cache", "_disable_parametrization_cache")
-EXPERTS = 4  # that a proof takes of a layer's
+EXPERTS = 3  # that a proof takes of a layer's: two that are used, and one that is not
 
 
 class ExpertWeights:
