@@ -303,6 +303,13 @@ def ignored_adapters(experts: Experts) -> str | None:
     """
     if len(_chain(experts.module)) < 3 or not hasattr(experts.base, "parametrizations"):
         return None
+    device = [p.device for p in experts.module.parameters() if p.is_cuda][:1]
+    with torch.random.fork_rng(device), torch.enable_grad():
+        torch.manual_seed(0)
+        return _ignored(experts)
+
+
+def _ignored(experts: Experts) -> str | None:
     copied = small_copy(experts)
     lora = [p for n, p in copied.named_parameters() if "lora_" in n and p.requires_grad]
     for parameter in lora:
@@ -310,9 +317,8 @@ def ignored_adapters(experts: Experts) -> str | None:
     hidden = weight_shapes(experts.base)[experts.gate_up][2]
     state = experts.base.parametrizations[experts.gate_up][0].quant_state  # type: ignore[index,union-attr]
     x = torch.randn(1, 4, hidden, device=lora[0].device, dtype=state.dtype)
-    with torch.enable_grad():
-        (y,) = call_experts(copied, x)
-        gradients = torch.autograd.grad(y.float().sum(), lora, allow_unused=True)
+    (y,) = call_experts(copied, x)
+    gradients = torch.autograd.grad(y.float().sum(), lora, allow_unused=True)
     if all(gradient is not None for gradient in gradients):
         return None
     return (
