@@ -1,7 +1,7 @@
 """Mixtures of experts on a GPU: right first, then each way to the products, then whole steps.
 
-    python integration_tests/gpu/moe_step_times.py                      # all of it
     python integration_tests/gpu/moe_step_times.py --stages check variants
+    python integration_tests/gpu/moe_step_times.py --stages steps --layers 8
     python integration_tests/gpu/moe_step_times.py --stages steps --only mixtral-8x7b/nf4
     python integration_tests/gpu/moe_step_times.py --tiny --device cpu  # does it run?
 
@@ -16,7 +16,8 @@ free memory, halved until they do. On a CPU the numbers mean nothing.
 Stock on 4-bit experts is repaired first: PEFT 0.20 leaves the inner of two adapters out of its
 forward there (`patches/moe.py: ignored_adapters`), which would make it faster than it is.
 
-Writes $OUT/moe_step_times.json, after each result anew. Exit code 1 where a check failed.
+Writes $OUT/moe_step_times.json, after each result anew. What would begin after `--budget` seconds
+is skipped, and said. Exit code 1 where a check failed.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -540,9 +541,11 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20, help="for the timed steps of one")
+    parser.add_argument("--budget", type=float, default=520, help="seconds; later cases are left")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes; for a CPU")
     args = parser.parse_args()
+    until = time.monotonic() + args.budget
     if args.tiny:
         args.tokens, args.rank, args.steps = 32, 4, 1
     folder = Path(os.environ.get("OUT", "."))
@@ -552,19 +555,25 @@ def main() -> int:
         check_kernels(results, torch.device(args.device), args.tiny)
         small = argparse.Namespace(**(vars(args) | {"tokens": 32, "rank": 4, "steps": 1}))
         check_models(results, small)
-    for name in GEOMETRIES:
-        if "variants" in args.stages:
-            variants(results, name, args)
+    for name in GEOMETRIES if "variants" in args.stages else ():
+        variants(results, name, args)
+        gc.collect()
+    cases = [
+        Case(name, quant, experts, layers_that_may_fit(name, quant, args))
+        for experts in (True, False)
+        for quant in ("nf4", "none")
+        for name in GEOMETRIES
+        if args.only in f"{name}/{quant}"
+    ]
+    for case in cases if "steps" in args.stages else ():
+        while True:
+            if time.monotonic() > until:
+                results.add("steps", str(case), f"skipped: {args.budget:g} s were over")
+                break
+            if steps(results, case, args) or case.layers == 1:
+                break
+            case = replace(case, layers=case.layers // 2)
             gc.collect()
-    for name in GEOMETRIES if "steps" in args.stages else ():
-        for quant in ("nf4", "none"):
-            if args.only not in f"{name}/{quant}":
-                continue
-            for experts in (True, False):
-                layers = layers_that_may_fit(name, quant, args)
-                while not steps(results, Case(name, quant, experts, layers), args) and layers > 1:
-                    layers //= 2
-                    gc.collect()
     print("\n".join(results.content["steps"].get("table", [])))
     if results.failed:
         wrong = [name for name, one in results.content["check"].items() if not one["right"]]

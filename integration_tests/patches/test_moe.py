@@ -1,5 +1,7 @@
 """Mixtures of experts: the loss, every adapter's gradient and the router's are stock's."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -308,6 +310,22 @@ def test_unfuse_restores_the_model(make, step) -> None:
     assert all(torch.equal(stock[name], again[name]) for name in stock)
     for module, was in zip(model.modules(), before, strict=True):
         assert "forward" not in module.__dict__ and set(module.__dict__) == set(was)
+
+
+def test_a_copy_and_a_pickle_compute_with_their_own_weights(make, tokens) -> None:
+    model = make("mixtral", ADAPTED["both"]).eval()
+    fused = apply(model, MOE)
+    twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        wanted = model(input_ids=tokens).logits
+        for twin in twins:
+            assert torch.equal(twin(input_ids=tokens).logits, wanted)
+            for name, parameter in twin.named_parameters():
+                if "lora_B" in name and "experts" in name:
+                    parameter.add_(0.1)
+            assert (twin(input_ids=tokens).logits - wanted).norm() > 1e-2 * wanted.norm()
+        assert torch.equal(model(input_ids=tokens).logits, wanted)
+    assert all(r.calls == 2 for r in moe_records(fused))
 
 
 def test_evaluation_and_generation(make, tokens) -> None:
