@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lorafuse.kernels import grouped_linear as grouped
+from lorafuse.kernels import moe as moe_file
 from lorafuse.kernels import runtime
 from lorafuse.kernels.expert_glu import expert_glu_bwd_
 from lorafuse.kernels.expert_glu import reference as glu_reference
@@ -112,6 +113,25 @@ def test_4_bit_experts(oracle, randn, dtype, device, ranks) -> None:
     check(
         oracle, randn, Experts(randn, dtype, ranks=ranks, nf4=True), dtype, route(device, 9, 4, 2)
     )
+
+
+@pytest.mark.parametrize("ranks", [(4, 3), (0, 0)])
+@pytest.mark.parametrize("nf4", [True, False])
+def test_the_way_through_grouped_mm(
+    oracle, randn, device, monkeypatch, triton_runs, nf4, ranks
+) -> None:
+    """Torch has grouped_mm on a CPU, too: what is gathered, folded and added around it is right."""
+    used = []
+
+    def uses(x: Tensor, n: int, k: int) -> bool:
+        used.append(x.dtype == torch.bfloat16 and min(n, k) >= 16)
+        return used[-1]
+
+    monkeypatch.setattr(grouped, "uses_grouped_mm", uses)
+    monkeypatch.setattr(moe_file, "uses_grouped_mm", uses)
+    experts = Experts(randn, torch.bfloat16, 4, 32, 24, ranks, nf4)
+    check(oracle, randn, experts, torch.bfloat16, route(device, 13, 4, 2))
+    assert sum(used) >= 4  # gate/up and down, forward and dX
 
 
 def test_gradcheck_in_fp64(randn, device) -> None:
