@@ -424,7 +424,13 @@ def recognise_experts(module: nn.Module) -> Experts | None:
         problem = f"its experts have more weights: {', '.join(sorted(set(shapes) - set(large)))}"
     elif activation is None:
         problem = "its experts' gate is not act(gate) * up with SiLU or GELU"
+    if problem and not _counts_experts(base, large[down][0]):
+        return None  # other weights of three dimensions
     return Experts(module, base, gate_up, down, activation or "", problem)
+
+
+def _counts_experts(base: nn.Module, count: int) -> bool:
+    return any("expert" in name and value == count for name, value in vars(base).items())
 
 
 def _gate_of(base: Any) -> str | None:

@@ -412,6 +412,14 @@ class TestStock:
         (reason,) = why(fused)
         assert reason.startswith("no experts (one weight [E, 2I, H]")
 
+    def test_other_weights_of_three_dimensions_are_no_experts(self) -> None:
+        module = nn.Module()
+        module.w1, module.w2 = (nn.Parameter(torch.randn(3, 4, 5)) for _ in range(2))
+        assert recognise_experts(module) is None
+        module.num_experts = 3
+        found = recognise_experts(module)
+        assert found is not None and found.problem
+
     def test_an_unknown_gate(self, make) -> None:
         model = make("mixtral")
         for module in model.modules():
