@@ -175,7 +175,7 @@ class _Projection:
     def forward(
         self, x: Tensor, wide: Tensor | None, rows: ExpertOrder, *, by_token: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(Y [S, N], XA [S, R or F] to save); `wide` holds x on its left."""
+        """(Y [S, N], XA [S, R] to save); `wide` holds x on its left."""
         if wide is not None:
             K = self.K
             A = self._A(self._empty(self.E, self.fold, K))
@@ -183,7 +183,7 @@ class _Projection:
             W = self._empty(self.E, self.N, K + self.fold)
             self._weight(W[..., :K])
             self._sB(W[..., K:])
-            return grouped_linear(wide, W, rows), xA.contiguous()
+            return grouped_linear(wide, W, rows), xA[:, : self.rank].contiguous()
         if not self.rank:
             return grouped_linear(x, self._weight(), rows, by_token=by_token), None
         xA = grouped_linear(x, self._A(), rows, by_token=by_token)
@@ -228,7 +228,7 @@ class _Projection:
         if needs[0] and G is not None and self.p.A is not None:
             dA = grouped_outer(G[:, : self.rank], x, rows, by_token=by_token).to(self.p.A.dtype)
         if needs[1] and xA is not None and self.p.B is not None:
-            product = grouped_outer(xA[:, : self.rank], dy, rows)
+            product = grouped_outer(xA, dy, rows)
             dB = product.mul_(self.p.scale).transpose(1, 2).to(self.p.B.dtype)
         return dA, dB
 

@@ -201,10 +201,11 @@ def test_slots_of_other_ranks_are_left_out(randn, device) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_saved_is_as_small_as_it_can_be(randn, device) -> None:
+@pytest.mark.parametrize("nf4", [True, False])
+def test_what_is_saved_is_as_small_as_it_can_be(randn, device, nf4) -> None:
     """x once, gate/up, the narrow tensors: no k copies of x, no outputs of experts, no weights."""
     T, k, E, H, inner, ranks = 50, 2, 4, 24, 20, (3, 5)
-    experts = Experts(randn, torch.float32, E, H, inner, ranks)
+    experts = Experts(randn, torch.float32, E, H, inner, ranks, nf4)
     tensors = [t.requires_grad_() for t in experts.tensors.values()]
     sizes: dict[int, int] = {}
 
