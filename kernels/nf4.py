@@ -22,7 +22,14 @@ from torch import Tensor
 
 from lorafuse.kernels.runtime import cached_launch, cdiv, launch_device, tl, triton, use_triton
 
-__all__ = ["Quantised4bit", "dequantise", "dequantise_rows", "reference", "same_layout"]
+__all__ = [
+    "Quantised4bit",
+    "dequantise",
+    "dequantise_experts",
+    "dequantise_rows",
+    "reference",
+    "same_layout",
+]
 
 # Packed bytes of one tile: 8 a thread at 8 warps, which make two 16-byte stores of a 16-bit `out`.
 # Half of it stores without a trip through shared memory, but leaves too few bytes in flight.
@@ -110,11 +117,12 @@ def _dequantise_tile(
     tile, packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr,
     elements, out_row,
     K: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, BYTES: tl.constexpr,
-    NESTED: tl.constexpr, EVEN: tl.constexpr,
+    NESTED: tl.constexpr, EVEN: tl.constexpr, gap=0, GROUP: tl.constexpr = 0,
 ):  # fmt: skip
     """BYTES packed bytes, in one dimension: a [blocks, blocksize] tile was 20 times slower on H100.
 
-    The scale is gathered once a byte; neighbours share it, so it comes from the cache.
+    The scale is gathered once a byte; neighbours share it, so it comes from the cache. After every
+    GROUP rows of W, `gap` elements of out are left as they are.
     """
     # The tile's start is int64 and scalar; offsets within it, and the number of blocks, fit int32.
     first = tile.to(tl.int64) * (2 * BYTES)
@@ -139,20 +147,23 @@ def _dequantise_tile(
 
     column = (first % K).to(tl.int32) + o_element
     row = first // K + column // K
-    tl.store(out_ptr + row * out_row + column % K, w, m_element)
+    place = row * out_row + column % K
+    if GROUP > 0:
+        place += row // GROUP * gap
+    tl.store(out_ptr + place, w, m_element)
 
 
 @cached_launch
 @triton.jit
 def _dequantise_kernel(
     packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr,
-    elements, out_row,  # N * K; row stride of out
+    elements, out_row, gap,  # N * K; row stride of out; what is skipped after GROUP rows
     K: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, BYTES: tl.constexpr,
-    NESTED: tl.constexpr, EVEN: tl.constexpr,
+    NESTED: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     _dequantise_tile(
         tl.program_id(0), packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr,
-        out_ptr, elements, out_row, K, BLOCKSIZE, BLOCKSIZE2, BYTES, NESTED, EVEN,
+        out_ptr, elements, out_row, K, BLOCKSIZE, BLOCKSIZE2, BYTES, NESTED, EVEN, gap, GROUP,
     )  # fmt: skip
 
 
@@ -232,16 +243,43 @@ def dequantise(
     if not use_triton(out):
         out.copy_(reference(w))
         return
-    if N * K == 0:
-        return
+    if N * K:
+        _launch(w, out, out.stride(0), 0, 0)
+
+
+def _launch(w: Quantised4bit, out: Tensor, row: int, gap: int, group: int) -> None:
+    N, K = w.shape
     tile = max(2 * _TILE_BYTES, w.blocksize)
     with launch_device(out):
         # fp fusion off: bitsandbytes rounds the product before it adds the offset.
         _dequantise_kernel[(cdiv(N * K, tile),)](
-            w.packed, *pointers(w), out, N * K, out.stride(0),
+            w.packed, *pointers(w), out, N * K, row, gap,
             K=K, BLOCKSIZE=w.blocksize, BLOCKSIZE2=w.blocksize2 or 1, BYTES=tile // 2,
-            NESTED=w.nested, EVEN=N * K % tile == 0, num_warps=8, enable_fp_fusion=False,
+            NESTED=w.nested, EVEN=N * K % tile == 0, GROUP=group, num_warps=8,
+            enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def dequantise_experts(
+    w: Quantised4bit,  # of [E * N, K]: E weights, one below the other
+    out: Tensor,  # [E, N, K], of any strides but the last; as in `dequantise`
+) -> None:
+    """Writes W, expert by expert, into `out`, which may lie in a wider and taller buffer.
+
+    Raises:
+        ValueError: as `dequantise`.
+    """
+    E, N, K = out.shape
+    if (E * N, K) != w.shape or out.device != w.packed.device or (K > 1 and out.stride(2) != 1):
+        raise ValueError(
+            f"out must be [E, N, K] of a {w.shape} weight on {w.packed.device}, with contiguous "
+            f"rows; got {tuple(out.shape)} on {out.device} with strides {out.stride()}"
+        )
+    if not use_triton(out):
+        out.copy_(reference(w).view(E, N, K))
+    elif E * N * K:
+        row = out.stride(1)
+        _launch(w, out, row, out.stride(0) - N * row, N)
 
 
 def dequantise_rows(

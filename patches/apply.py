@@ -32,6 +32,7 @@ from lorafuse.patches.layer_graphs import GraphRecord, LayerGraphs
 from lorafuse.patches.layer_graphs import why_not as why_no_graphs
 from lorafuse.patches.loss import FusedCausalLoss, recognise_causal_head, verify_causal_loss
 from lorafuse.patches.mlp import FusedMlp
+from lorafuse.patches.moe import FusedExperts, call_experts, ignored_adapters, small_copy
 from lorafuse.patches.norms import FusedRmsNorm
 from lorafuse.patches.probe import LayerCall, record_layer_calls
 from lorafuse.patches.structure import (
@@ -43,11 +44,13 @@ from lorafuse.patches.structure import (
     Attention,
     DecoderLayer,
     Description,
+    Experts,
     GatedMlp,
     Projections,
     Recogniser,
     RmsNorm,
     in_out,
+    recognise_experts,
 )
 from lorafuse.patches.verify import signature, verify
 from lorafuse.patches.weights import BUILTIN_WEIGHT_FORMATS, WeightFormat
@@ -61,7 +64,16 @@ __all__ = [
     "apply",
 ]
 
-OPERATIONS = ("lora_mlp", "lora_qkv", "lora_o", "rms_norm", "rope", "attention", "cross_entropy")
+OPERATIONS = (
+    "lora_mlp",
+    "lora_qkv",
+    "lora_o",
+    "rms_norm",
+    "rope",
+    "moe",
+    "attention",
+    "cross_entropy",
+)
 _NOT_WHOLE = "no decoder layer is fused whole here; the trainer's own checkpointing holds"
 _NO_ADAPTERS = "the model has no LoRA adapters"
 _NOTHING = {
@@ -201,6 +213,7 @@ class _Applier:
             (Attention, self.attention),
             (Projections, self.projections),
             (GatedMlp, self.mlp),
+            (Experts, self.experts),
             (RmsNorm, self.norm),
         ):
             for f in found:
@@ -220,16 +233,19 @@ class _Applier:
         return self.result
 
     def find(self) -> Iterator[_Found]:
-        """Every recognised block whose surroundings carry an adapter; outermost first."""
+        """Every recognised block whose surroundings carry an adapter; outermost first.
+
+        Experts also elsewhere: they are large, and gradients pass through them to what is below.
+        """
         parents = {id(c): m for m in self.model.modules() for c in m.children()}
         carries: dict[int, bool] = {}
         for name, module in self.model.named_modules():
             parent = parents.get(id(module), module)
             if id(parent) not in carries:
                 carries[id(parent)] = adapter_parameters(parent)
-            if not carries[id(parent)]:
-                continue
             for recogniser in self.structures:
+                if not carries[id(parent)] and recogniser is not recognise_experts:
+                    continue
                 description = recogniser(module)
                 if description is not None:
                     yield _Found(name, description, recogniser)
@@ -478,6 +494,45 @@ class _Applier:
             "lora_mlp",
             in_out(mlp.gate_up[0])[0],
         )
+
+    def experts(self, f: _Found) -> None:
+        experts = f.description
+        assert isinstance(experts, Experts)
+        module = experts.module
+        self.claimed |= {id(m) for m in module.modules()}
+        if not self.asks("moe"):
+            return
+        key = ("moe", signature(module))
+        if key not in self.verified:
+            self.verified[key] = self.prove_experts(f, experts), Pairing.HALVES
+        reason = self.verified[key][0]
+        if reason is not None:
+            self.record("moe", module, reason)
+            return
+        try:
+            forward = FusedExperts(experts)
+        except Unsupported as unsupported:
+            self.record("moe", module, unsupported.reason)
+            return
+        self.bind([forward])
+        self.fuse(forward, "moe", module, "part")
+
+    def prove_experts(self, f: _Found, experts: Experts) -> str | None:
+        """Why the experts are not fused, or None; computed once per distinct block."""
+
+        def bind(replica: nn.Module, binding: Binding) -> None:
+            binding.bind(replica, FusedExperts(f.recogniser(replica)))
+
+        try:
+            hidden = FusedExperts(experts).gate_up.in_features
+            dtype = self.hidden_dtype(experts.module)
+            reason = verify(small_copy(experts), bind, call_experts, hidden, dtype)
+        except Unsupported as unsupported:
+            return unsupported.reason
+        ignored = None if reason is not None else ignored_adapters(experts)
+        if ignored is not None:
+            self.result.notes.append(f"moe: {ignored}")
+        return reason
 
     def norm(self, f: _Found) -> None:
         norm = f.description

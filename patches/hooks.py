@@ -6,6 +6,7 @@ hooks stay on a model for good once installed, and do nothing unless a forward a
 capture.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -33,8 +34,17 @@ def collects_hidden_states() -> bool:
     return "hidden_states" in (_collected() or ())
 
 
-def has_live_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` would run a hook, now."""
+def _name(hook: Any) -> str:
+    return str(getattr(hook, "__name__", ""))
+
+
+def has_live_hooks(module: nn.Module, harmless: Collection[str] = ()) -> bool:
+    """Whether calling `module` would run a hook, now.
+
+    Args:
+        module: the module.
+        harmless: names of hook functions that a fused form may leave out.
+    """
     if not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -42,9 +52,13 @@ def has_live_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
     ):
         return False
-    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if module._backward_hooks or module._backward_pre_hooks:
+        return True
+    if any(_name(hook) not in harmless for hook in module._forward_pre_hooks.values()):
         return True
     for hook in module._forward_hooks.values():
+        if _name(hook) in harmless:
+            continue
         if getattr(hook, "__module__", "") != _CAPTURING or _capture_is_active():
             return True
     return False

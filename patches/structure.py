@@ -6,6 +6,7 @@ then computes with it, and only a reading that reproduces the stock numbers is u
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from lorafuse.kernels.rms_norm import reference as rms_norm
 NO_GATED_MLP = "no gated MLP (gate, up and down projections with an activation)"
 NO_ATTENTION = "no attention with q, k and v projections"
 NO_OUTPUT_PROJECTION = "no o projection beside q, k and v"
+NO_EXPERTS = "no experts (one weight [E, 2I, H] for gate and up, one [E, H, I] for down)"
 NO_RMS_NORM = "no RMS norm (one weight and an epsilon)"
 
 
@@ -95,7 +97,30 @@ class DecoderLayer:
     dropouts: tuple[nn.Dropout, ...] = field(default=())
 
 
-Description = RmsNorm | GatedMlp | Projections | Attention | DecoderLayer
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """The experts of a mixture, kept as one weight [E, 2I, H] and one [E, H, I].
+
+    Called with hidden states [T, H], the router's choice and its weights, both [T, k].
+
+    Attributes:
+        module: what is called: the experts, or the outermost of PEFT's wrappers around them.
+        base: the module that holds the weights.
+        gate_up: the name of the weight of gate and up.
+        down: the name of the weight of down.
+        activation: as in `GatedMlp`.
+        problem: what makes them other experts than that; "" where nothing does.
+    """
+
+    module: nn.Module
+    base: nn.Module
+    gate_up: str = ""
+    down: str = ""
+    activation: str = ""
+    problem: str = ""
+
+
+Description = RmsNorm | GatedMlp | Projections | Attention | DecoderLayer | Experts
 Recogniser = Callable[[nn.Module], Any]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -364,11 +389,77 @@ def recognise_decoder_layer(module: nn.Module) -> DecoderLayer | None:
     )
 
 
+def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of each of the module's own weights, quantised ones as they were before."""
+    shapes = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
+    for name, parametrized in getattr(module, "parametrizations", {}).items():
+        state = next((p.quant_state for p in parametrized if hasattr(p, "quant_state")), None)
+        shapes[name] = tuple(parametrized.original.shape if state is None else state.shape)
+    return shapes
+
+
+def recognise_experts(module: nn.Module) -> Experts | None:
+    """Two weights of three dimensions that share the first, E; under PEFT's wrappers or bare."""
+    base: Any = module
+    if isinstance(module, BaseTunerLayer):
+        if not hasattr(module, "parameter_name"):
+            return None
+        base = module.get_base_layer()
+    shapes = weight_shapes(base)
+    large = {name: shape for name, shape in shapes.items() if len(shape) == 3}
+    if len(large) < 2 or len({shape[0] for shape in large.values()}) != 1:
+        return None
+    names = sorted(large, key=lambda name: math.prod(large[name]))
+    down, gate_up = names[0], names[-1]
+    (_, wide, hidden), (_, out, inner) = large[gate_up], large[down]
+    activation = _gate_of(base)
+    problem = ""
+    if len(inspect.signature(type(base).forward).parameters) != 4:  # and self
+        problem = "its experts are not called with hidden states, the router's choice and weights"
+    elif len(large) == 2 and hidden == 2 * out and wide == inner:
+        problem = "its experts' weights are stored transposed"
+    elif len(large) != 2 or wide != 2 * inner or hidden != out:
+        problem = NO_EXPERTS
+    elif len(shapes) > 2:
+        problem = f"its experts have more weights: {', '.join(sorted(set(shapes) - set(large)))}"
+    elif activation is None:
+        problem = "its experts' gate is not act(gate) * up with SiLU or GELU"
+    if problem and not _counts_experts(base, large[down][0]):
+        return None  # other weights of three dimensions
+    return Experts(module, base, gate_up, down, activation or "", problem)
+
+
+def _counts_experts(base: nn.Module, count: int) -> bool:
+    return any("expert" in name and value == count for name, value in vars(base).items())
+
+
+def _gate_of(base: Any) -> str | None:
+    """The activation of act(gate) * up, told by the module's own `_apply_gate` or activation."""
+    apply_gate = getattr(base, "_apply_gate", None)
+    if apply_gate is None:
+        others = [getattr(base, name, None) for name in _ACTIVATION]
+        return next((name for f in others if (name := recognise_activation(f))), None)
+    x = torch.linspace(-40, 40, 514).view(2, 257).t().reshape(1, -1)  # gates, and then ups
+    gate, up = x.chunk(2, -1)
+    try:
+        with torch.no_grad():
+            y = apply_gate(x)
+    except Exception:  # somebody else's method may raise anything; then it is another gate
+        return None
+    if not isinstance(y, Tensor) or y.shape != gate.shape:
+        return None
+    for name, activation in _ACTIVATIONS.items():
+        if torch.allclose(y, activation(gate) * up, rtol=1e-5, atol=1e-5):
+            return name
+    return None
+
+
 BUILTIN_STRUCTURES: tuple[Recogniser, ...] = (
     recognise_decoder_layer,
     recognise_attention,
     recognise_projections,
     recognise_gated_mlp,
+    recognise_experts,
     recognise_rms_norm,
 )
 

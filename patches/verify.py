@@ -15,6 +15,7 @@ import copy
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +92,12 @@ def verify(
             reason = _compare(fused, oracle, dict.fromkeys(oracle, FP32_TOLERANCE), "fp32")
             del exact, fused
             dtype = _compute_dtype(own)
-            if reason is not None or dtype == torch.float32:
+            packed = any(_parametrized_4bit(m) for m in own.modules())  # plain in `exact`
+            if reason is not None or (dtype == torch.float32 and not packed):
                 return reason
-            low, mixed = h.to(hidden_dtype), dtype if hidden_dtype == torch.float32 else None
+            low, mixed = h.to(hidden_dtype), None
+            if hidden_dtype == torch.float32 and dtype != torch.float32:
+                mixed = dtype
             stock_error = _errors(_run(own, call, low, None, mixed), oracle)
             limits = {name: 2 * error + _SLACK[dtype] for name, error in stock_error.items()}
             return _compare(_run(own, call, low, bind_fused, mixed), oracle, limits, str(dtype))
@@ -152,8 +156,30 @@ def _is_4bit(parameter: Tensor) -> bool:
     return bnb is not None and isinstance(parameter, bnb.nn.Params4bit)
 
 
+def _parametrized_4bit(module: nn.Module) -> bool:
+    lists: Any = getattr(module, "parametrizations", {})
+    return any(hasattr(one[0], "quant_state") for one in lists.values())
+
+
+def _make_plain(module: Any) -> None:
+    """Puts dequantised parameters in place of packed ones. The class, which torch made for this
+    module, is shared with the original: it stays as it is, and the copy gets the one below it."""
+    weights = {name: getattr(module, name).float() for name in module.parametrizations}
+    module.__class__ = type(module).__mro__[1]
+    del module._modules["parametrizations"]
+    for name, weight in weights.items():
+        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+
+
 def _in_fp32(replica: nn.Module) -> nn.Module:
-    """The copy with every float in fp32; 4-bit weights stay packed and dequantise to fp32."""
+    """The copy with every float in fp32; 4-bit weights stay packed and dequantise to fp32.
+
+    But those that are parametrized become plain: PEFT's stock forward has mistakes on them
+    (`moe.ignored_adapters`), and the proof is against what it means.
+    """
+    for module in list(replica.modules()):
+        if _parametrized_4bit(module):
+            _make_plain(module)
     for module in replica.modules():
         config = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", "eager") not in ("eager", "sdpa"):
@@ -174,6 +200,9 @@ def _in_fp32(replica: nn.Module) -> nn.Module:
 def _compute_dtype(block: nn.Module) -> torch.dtype:
     """The 16-bit dtype that the block's frozen weights compute in, else fp32."""
     for module in block.modules():
+        state = getattr(module, "quant_state", None)  # of a parametrization
+        if state is not None and state.dtype in (torch.bfloat16, torch.float16):
+            return torch.bfloat16 if state.dtype == torch.bfloat16 else torch.float16
         for parameter in module.parameters(recurse=False):
             own = getattr(module, "compute_dtype", None) if _is_4bit(parameter) else parameter.dtype
             if own in (torch.bfloat16, torch.float16) and not parameter.requires_grad:

@@ -5,6 +5,7 @@ kind. The reader is asked anew in every forward, because sharding and offloading
 around.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -116,23 +117,29 @@ def bitsandbytes_4bit(layer: nn.Module) -> WeightReader | None:
 
 
 def quantised_4bit(weight: Any) -> Quantised4bit:
-    """The packed bytes and scales of a bitsandbytes `Params4bit`; views, no copies.
+    """The packed bytes and scales of a bitsandbytes `Params4bit`; views, no copies."""
+    return from_state(weight.data, weight.quant_state)
 
-    bitsandbytes may store the bytes as bfloat16 or any other dtype (`quant_storage`).
+
+def from_state(data: Tensor, state: Any) -> Quantised4bit:
+    """Packed bytes and bitsandbytes' `QuantState` of them; views, no copies.
+
+    bitsandbytes may store the bytes as bfloat16 or any other dtype (`quant_storage`). A weight of
+    more than two dimensions is read as one of two, all but the last of its dimensions in one.
     """
-    state = weight.quant_state
     if state is None:
         raise Unsupported("its 4-bit weight is not quantised yet")
     if getattr(state, "packing_format_for_cpu", False):
         raise Unsupported("bitsandbytes has repacked its 4-bit weight for CPU inference")
-    check_plain(weight.data, "its base weight")
+    check_plain(data, "its base weight")
     nested = state.nested
+    *rows, columns = (int(n) for n in state.shape)
     return Quantised4bit(
-        packed=weight.data.view(torch.uint8).view(-1),
+        packed=data.view(torch.uint8).view(-1),
         code=state.code,
         absmax=state.absmax,
         blocksize=state.blocksize,
-        shape=(int(state.shape[0]), int(state.shape[1])),
+        shape=(math.prod(rows), columns),
         code2=state.state2.code if nested else None,
         absmax2=state.state2.absmax if nested else None,
         offset=state.offset if nested else None,

@@ -20,8 +20,10 @@ SWITCHES = (
     "fused_cross_entropy",
     "fused_rms_norm",
     "fused_rope",
+    "fused_moe",
 )
 OPERATIONS = (*SWITCHES, "fused_attention")
+MOE = "fused_moe"
 # What is fused beside the model's own operations.
 OPTIMIZER = "fused_optimizer"
 FP8 = "fused_fp8"
@@ -43,6 +45,8 @@ class FuseConfig(BaseModel):
         fused_cross_entropy: Language-model head and loss, without the logits of the whole batch.
         fused_rms_norm: RMS norms, plain and with the 1 + weight of Gemma.
         fused_rope: Rotary position embedding of queries and keys.
+        fused_moe: The experts of a mixture of experts, with LoRA on them or frozen. The router
+            stays as it is.
         fused_attention: `auto` picks the fastest backend here, `sdpa` keeps torch's own choice,
             `off` leaves the attention alone.
         fused_optimizer: bitsandbytes' 8-bit optimisers update all tensors without waiting for the
@@ -76,6 +80,7 @@ class FuseConfig(BaseModel):
     fused_cross_entropy: StrictBool = True
     fused_rms_norm: StrictBool = True
     fused_rope: StrictBool = True
+    fused_moe: StrictBool = True
     fused_attention: Literal["auto", "sdpa", "off"] = "auto"
     fused_optimizer: StrictBool = True
     fused_fp8: StrictBool = False

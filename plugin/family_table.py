@@ -15,6 +15,7 @@ COLUMNS = {
     "o": "lora_o",
     "norms": "rms_norm",
     "RoPE": "rope",
+    "experts": "moe",
     "loss": LOSS,
 }
 # Characters of a reason in a table's cell; `--json` has the whole.
@@ -74,8 +75,9 @@ def _lines(families: Families) -> Iterator[str]:
         f"{families.when.date().isoformat()}, transformers {found['transformers']}, peft "
         f"{found['peft']}, torch {torch.__version__}, on the CPU. Each class of transformers' "
         "mapping for causal LMs, as a tiny model with random weights and LoRA on the linear "
-        "layers that PEFT adapts (in many mixtures of experts not the dense MLPs), makes the same "
-        "fp32 step stock and fused; loss and every adapter's gradient may "
+        "layers that PEFT adapts (in many mixtures of experts not the dense MLPs) and on experts "
+        "kept in one weight, makes the same fp32 step stock and fused; loss and every adapter's "
+        "gradient may "
         f"differ by {TOLERANCE:.0e}."
     )
     yield ""

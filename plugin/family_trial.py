@@ -1,8 +1,9 @@
 """One family tried: a tiny model of it makes the same training step stock and fused.
 
-LoRA stands on every linear layer, with B non-zero; norm weights and biases are perturbed, so that
-no one and no zero hides a mistake. Loss and the gradient of every adapter are compared, in fp32 on
-the CPU. The same model type always gives the same numbers.
+LoRA stands on every linear layer, and on experts that are kept in one weight, with B non-zero; norm
+weights and biases are perturbed, so that no one and no zero hides a mistake. Loss and the gradient
+of every adapter are compared, in fp32 on the CPU. The same model type always gives the same
+numbers.
 """
 
 import warnings
@@ -19,7 +20,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lorafuse.patches.decoder_layer import FusedDecoderLayer
-from lorafuse.patches.structure import in_out, is_linear
+from lorafuse.patches.structure import in_out, is_linear, recognise_experts
 from lorafuse.plugin.fuse import fuse
 from lorafuse.plugin.report import FuseReport
 from lorafuse.plugin.tiny_config import TEXT_WORDS, tiny_config
@@ -27,7 +28,7 @@ from lorafuse.plugin.tiny_config import TEXT_WORDS, tiny_config
 LAYER, PARTS, STOCK = "layer", "parts", "stock"
 WRONG, CRASHED, NOT_BUILT = "wrong", "crashed", "not built"
 LEVELS = (LAYER, PARTS, STOCK, WRONG, CRASHED, NOT_BUILT)
-BLOCK_OPERATIONS = ("lora_mlp", "lora_qkv", "lora_o", "rms_norm", "rope")
+BLOCK_OPERATIONS = ("lora_mlp", "lora_qkv", "lora_o", "rms_norm", "rope", "moe")
 LOSS = "cross_entropy"
 PROJECTIONS = ("lora_mlp", "lora_qkv", "lora_o")
 
@@ -124,8 +125,13 @@ def tiny_model(config: PretrainedConfig, auto_class: str) -> Any:
                     parameter.normal_(std=parameter.shape[1] ** -0.5)
                 elif name == "bias" or (name == "weight" and parameter.dim() == 1):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-    targets = _linear_layers(model)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=_linear_layers(model),
+        target_parameters=_experts(model) or None,
+        task_type="CAUSAL_LM",
+    )
     peft = get_peft_model(model, lora)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
@@ -146,6 +152,17 @@ def _linear_layers(model: Any) -> list[str]:
         if not name.endswith(refused) and not (own_forward and name.endswith(("router", "gate"))):
             names.append(name)
     return names
+
+
+def _experts(model: nn.Module) -> list[str]:
+    """The weights of experts that the fused form knows; PEFT wraps parameters by their names."""
+    found = ((name, recognise_experts(module)) for name, module in model.named_modules())
+    return [
+        f"{name}.{weight}"
+        for name, experts in found
+        if experts is not None and not experts.problem
+        for weight in (experts.gate_up, experts.down)
+    ]
 
 
 def one_step(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:

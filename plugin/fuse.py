@@ -11,8 +11,9 @@ from lorafuse.patches.apply import FusedModel, OperationRecord, Record, apply
 from lorafuse.patches.checkpointing import AUTO
 from lorafuse.patches.checkpointing import OPERATION as CHECKPOINTING
 from lorafuse.patches.optimizer import fuse_optimizer
+from lorafuse.patches.structure import NO_EXPERTS
 from lorafuse.plugin import log
-from lorafuse.plugin.config import FP8, GRAPHS, OPTIMIZER, PREFIX, FuseConfig
+from lorafuse.plugin.config import FP8, GRAPHS, MOE, OPTIMIZER, PREFIX, FuseConfig
 from lorafuse.plugin.errors import FuseConfigError, FuseError
 from lorafuse.plugin.manager import Plugins
 from lorafuse.plugin.report import FuseReport
@@ -92,6 +93,8 @@ def fuse_with(
     plugins.call("lorafuse_adapter_attached", model=model, config=config)
     aside = aside or compiled
     fused = _stand_aside(config, aside) if aside else _apply(model, config, plugins)
+    if config.fused_moe and MOE in config.model_fields_set:
+        _say_no_experts(model, fused)
     report = FuseReport(
         config, fused.records, fused.unfuse, fused.notes, fused.fp8_noise, fused.checkpointing,
         fused.masks,
@@ -143,6 +146,14 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, str | None]:
 def _is_engine(model: nn.Module) -> bool:
     name = type(model).__name__
     return name == "FullyShardedDataParallel" or type(model).__module__.startswith("deepspeed.")
+
+
+def _say_no_experts(model: nn.Module, fused: FusedModel) -> None:
+    """Dense models have none, which is no fallback; but whoever names the flag is to know."""
+    operation = MOE.removeprefix(PREFIX)
+    if not any(record.operation == operation for record in fused.records):
+        reason = f"{NO_EXPERTS} was found in {type(model).__name__}"
+        fused.records.append(OperationRecord(operation, "", False, reason=reason))
 
 
 def _apply(model: nn.Module, config: FuseConfig, plugins: Plugins) -> FusedModel:

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorafuse.kernels import nf4, runtime
-from lorafuse.kernels.nf4 import Quantised4bit, dequantise, dequantise_rows, reference
+from lorafuse.kernels.nf4 import (
+    Quantised4bit,
+    dequantise,
+    dequantise_experts,
+    dequantise_rows,
+    reference,
+)
 
 Randn = Callable[..., Tensor]
 
@@ -300,3 +306,17 @@ def test_large_groups(cuda, rows, K):
     for w, part in zip(weights, apart.split(rows), strict=True):
         dequantise(w, part)
     assert torch.equal(together, apart)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_experts_into_a_wider_and_taller_buffer(randn, device, dtype, nested) -> None:
+    E, N, K = 3, 5, 24
+    w, _ = quantised(randn(E * N, K), nested=nested)
+    out = torch.full((E, N + 2, K + 8), 7.0, dtype=dtype, device=device)
+    dequantise_experts(w, out[:, :N, :K])
+    whole = torch.empty(E * N, K, dtype=dtype, device=device)
+    dequantise(w, whole)
+    assert torch.equal(out[:, :N, :K], whole.view(E, N, K))
+    assert (out[:, N:] == 7).all() and (out[:, :, K:] == 7).all(), "wrote outside"
+    with pytest.raises(ValueError, match=r"\[E, N, K\]"):
+        dequantise_experts(w, out[:, : N - 1, :K])

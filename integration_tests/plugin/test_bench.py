@@ -76,7 +76,7 @@ def test_stock_and_fused_train_the_same_curve(tmp_path: Path) -> None:
     assert fused["largest_relative_gradient_norm_difference"] < 2e-2
     report = fused["rounds"][0]["report"]
     assert report["steps"] == 4
-    for name in OPERATIONS[:-1]:
+    for name in set(OPERATIONS[:-1]) - {"fused_moe"}:  # a dense model
         operation = report["operations"][name.removeprefix(PREFIX)]
         assert operation["called"] == operation["found"] > 0, name
     assert picture.read_bytes().startswith(PNG)

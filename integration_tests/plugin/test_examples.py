@@ -68,8 +68,9 @@ def test_everything_that_it_asks_for_is_fused(file: Path, tmp_path: Path) -> Non
     diagnosis = diagnose(str(copy))
     assert diagnosis.advice == ""
     operations = diagnosis.report.operations()
-    # Which attention is fastest is the GPU's business.
-    for name in (flag.removeprefix("fused_") for flag in OPERATIONS if flag != "fused_attention"):
+    # Which attention is fastest is the GPU's business, and the examples' models are dense.
+    others = set(OPERATIONS) - {"fused_attention", "fused_moe"}
+    for name in (flag.removeprefix("fused_") for flag in others):
         one = operations[name]
         assert one.asked and one.called == one.found > 0, (name, one.fallbacks)
         assert not one.runtime_fallbacks, name

@@ -56,6 +56,8 @@ def test_every_fused_operation_of_the_sample_was_called(sample: Families) -> Non
     assert found["llama"].whole_layers == found["llama"].layers == 4
     for name in ("mixtral", "qwen3_moe", "cohere"):
         assert {"lora_qkv", "lora_o", "rope"} <= set(found[name].operations), found[name]
+    for name, count in (("mixtral", 4), ("qwen3_moe", 4), ("deepseek_v3", 3), ("llama4_text", 0)):
+        assert found[name].fused["moe"][0] == count, found[name]
     for name in ("deepseek_v3", "olmo", "llama4_text"):
         assert {"lora_mlp", "lora_qkv", "lora_o"} <= set(found[name].operations), found[name]
     assert all(f.reason for f in sample.families if f.level != LAYER)

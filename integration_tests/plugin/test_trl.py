@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from lorafuse import FuseConfig, LorafuseCallback
@@ -85,7 +85,7 @@ def test_a_run_follows_the_stock_one(both, tmp_path) -> None:
         assert set(ours) - set(theirs) == {TOKENS_PER_SECOND, PEAK_MEMORY_GB}
     operations = callback.report.operations()
     for name, one in operations.items():
-        assert one.called == one.fused and (one.fused or name == "attention"), name
+        assert one.called == one.fused and (one.fused or name in ("attention", "moe")), name
     report = json.loads((tmp_path / "fused" / "lorafuse_report.json").read_text("utf-8"))
     assert report["steps"] == 4 and report["operations"]["cross_entropy"]["calls"] == 4
 
@@ -115,6 +115,35 @@ def test_the_saved_adapter_is_pefts(both, tmp_path) -> None:
         torch.testing.assert_close(fused.model(input_ids=ids).logits, expected)
         callback.report.unfuse()
         assert torch.equal(fused.model(input_ids=ids).logits, expected)
+
+
+def test_a_mixture_of_experts_follows_the_stock_run(tokenizer, tmp_path) -> None:
+    """PEFT's "all-linear" adapts the experts; with the auxiliary loss, checkpointed as TRL does."""
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
+        output_router_logits=True, pad_token_id=0,
+    )  # fmt: skip
+    runs = []
+    for name in ("stock", "fused"):
+        torch.manual_seed(3)
+        trainer = build(MixtralForCausalLM(config), tokenizer, tmp_path / name)
+        if name == "fused":
+            callback = LorafuseCallback()
+            trainer.add_callback(callback)
+        trainer.train()
+        trainer.save_model()
+        runs.append((logs(trainer), load_file(tmp_path / name / "adapter_model.safetensors")))
+    (stock, saved), (fused, ours) = runs
+    for mine, theirs in zip(fused, stock, strict=True):
+        for name in {*SAME, "aux_loss"} & set(theirs):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+    row = callback.report.operations()["moe"]
+    assert row.called == row.fused == row.found == 2 and row.calls >= 8
+    assert sum("experts" in name for name in saved) == 2 * 4
+    assert list(ours) == list(saved)
+    for name, value in saved.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-3, rtol=1e-2, msg=name)
 
 
 def test_only_what_is_named_is_fused(bare_llama, tokenizer, tmp_path) -> None:
