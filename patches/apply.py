@@ -5,6 +5,7 @@ its projections alone), MLP, norms. What is fused, at which level, and why the r
 recorded per operation and module.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from lorafuse.patches.attention import (
     Pairing,
     SharedProjections,
 )
-from lorafuse.patches.bind import Binding, FusedForward, Unsupported
+from lorafuse.patches.bind import Binding, FusedForward, Unsupported, check_own_forwards
 from lorafuse.patches.checkpointing import AUTO, OFFLOAD, Checkpointing, CheckpointingRecord
 from lorafuse.patches.decoder_layer import FusedDecoderLayer
 from lorafuse.patches.documents import DocumentFinder
@@ -31,7 +32,8 @@ from lorafuse.patches.fp8 import Fp8Noise, Fp8Record, Group, measure_noise, swit
 from lorafuse.patches.loss import FusedCausalLoss, recognise_causal_head, verify_causal_loss
 from lorafuse.patches.mlp import FusedMlp
 from lorafuse.patches.norms import FusedRmsNorm
-from lorafuse.patches.probe import LayerCall, record_layer_calls
+from lorafuse.patches.probe import Calls, LayerCall, record_layer_calls, record_other_calls
+from lorafuse.patches.signature import layer_indexes, plain, signature
 from lorafuse.patches.structure import (
     BUILTIN_STRUCTURES,
     NO_ATTENTION,
@@ -47,7 +49,7 @@ from lorafuse.patches.structure import (
     RmsNorm,
     in_out,
 )
-from lorafuse.patches.verify import signature, verify
+from lorafuse.patches.verify import CallBlock, depends_on_index, verify
 from lorafuse.patches.weights import BUILTIN_WEIGHT_FORMATS, WeightFormat
 
 __all__ = [
@@ -111,6 +113,9 @@ class FusedModel:
     binding: Binding = field(default_factory=Binding)
     fp8_noise: Fp8Noise | None = None
     checkpointing: Checkpointing | None = None
+    # Blocks that were copied and compared with stock, and the time that finding and proving took.
+    proofs: int = 0
+    proving_s: float = 0.0
 
     def masks(self) -> dict[str, int]:
         """What became of attention masks: how many calls of attention went which way."""
@@ -157,7 +162,11 @@ class _Applier:
         self.result = FusedModel()
         self.claimed: set[int] = set()
         self.verified: dict[Hashable, tuple[str | None, Pairing]] = {}
-        self.calls: dict[nn.Module, LayerCall] = {}
+        self.signatures: dict[int, Hashable] = {}
+        self.calls: Calls = {}
+        self.other_calls: dict[str, Calls] = {}
+        self.indexes: dict[Hashable, set[int]] = {}
+        self.by_index: dict[Hashable, bool] = {}
         self.why_parts: dict[str, str] = {}
 
     def asks(self, *operations: str) -> bool:
@@ -185,6 +194,9 @@ class _Applier:
             if self.checkpointing.mode != AUTO:
                 self.result.records.append(CheckpointingRecord("", reason=_NO_ADAPTERS))
             return self.result
+        started = time.perf_counter()
+        for module in {f.description.module for f in found}:
+            self.indexes.setdefault(self.sign(module), set()).update(layer_indexes(module))
         layers = [f for f in found if isinstance(f.description, DecoderLayer)]
         self.probe(layers, [f for f in found if isinstance(f.description, Attention)])
         for f in layers:
@@ -201,6 +213,7 @@ class _Applier:
         self.causal_loss()
         self.checkpoint(layers)
         self.report_nothing()
+        self.result.proving_s = time.perf_counter() - started
         if self.fp8:
             self.switch_fp8_on()
         for reason, name in self.why_parts.items():
@@ -245,27 +258,55 @@ class _Applier:
                 continue
             try:
                 self.calls = record_layer_calls(backbone, list(modules))
+                self.other_calls = record_other_calls(backbone, list(modules))
                 return
             except Unsupported as unsupported:
                 self.why_parts.setdefault(unsupported.reason, first)
 
     # One level at a time: propose, prove, bind.
 
+    def sign(self, module: nn.Module) -> Hashable:
+        """The module's signature, before anything is bound."""
+        if id(module) not in self.signatures:
+            self.signatures[id(module)] = signature(module)
+        return self.signatures[id(module)]
+
+    def place(self, module: nn.Module, call: CallBlock, hidden_size: int) -> Hashable:
+        """The block's place in the model where that changes what it computes, else ()."""
+        own, key = layer_indexes(module), self.sign(module)
+        if len(own) != 1:
+            return own
+        if key not in self.by_index:
+            others = sorted(self.indexes[key] - set(own))
+            self.by_index[key] = bool(others) and depends_on_index(
+                module, call, hidden_size, others
+            )
+        return own if self.by_index[key] else ()
+
     def prove(
-        self,
-        f: _Found,
-        build: Callable[..., Sequence[FusedForward]],
-        call: Callable[[nn.Module, Tensor], Sequence[Tensor]],
-        hidden_size: int,
-        dtype: torch.dtype,
+        self, f: _Found, build: Callable[..., Sequence[FusedForward]], holder: nn.Module
     ) -> tuple[str | None, Pairing]:
-        """(reason or None, RoPE's pairing) for the block, computed once per distinct block."""
-        module = f.description.module
-        key = (signature(module), type(f.description), dtype)
+        """(reason or None, RoPE's pairing) for the block, computed once per distinct block.
+
+        Args:
+            f: a decoder layer or an attention.
+            build: makes its fused forwards.
+            holder: the module whose recorded calls it is tried with: itself, or what it stands in.
+        """
+        module, recorded = f.description.module, self.calls[holder]
+        call = partial(_call_layer, recorded)
+        hidden_size, dtype = recorded.hidden_states.shape[-1], recorded.hidden_states.dtype
+        place = self.place(module, call, hidden_size)
+        arguments = plain(recorded.kwargs, small=64)
+        key = (self.sign(module), place, arguments, type(f.description), dtype)
         if key not in self.verified:
+            others = {
+                what: partial(_call_layer, calls[holder])
+                for what, calls in self.other_calls.items()
+                if holder in calls
+            }
             reasons: list[str | None] = []
-            rotary = isinstance(f.description, Attention | DecoderLayer)
-            for pairing in Pairing if rotary else (Pairing.HALVES,):
+            for pairing in Pairing:
 
                 def bind(replica: nn.Module, binding: Binding, pairing: Pairing = pairing) -> None:
                     for forward in build(f.recogniser(replica), pairing):
@@ -273,13 +314,20 @@ class _Applier:
 
                 try:
                     build(f.description, pairing)  # what it cannot read needs no proof
-                    reasons.append(verify(module, bind, call, hidden_size, dtype))
+                    reasons.append(
+                        self.timed(module, bind, call, hidden_size, dtype, other_calls=others)
+                    )
                 except Unsupported as unsupported:
                     reasons.append(unsupported.reason)
                 if reasons[-1] is None:
                     break
             self.verified[key] = (None if reasons[-1] is None else reasons[0]), pairing
         return self.verified[key]
+
+    def timed(self, *args: Any, **kwargs: Any) -> str | None:
+        """`verify`, counted."""
+        self.result.proofs += 1
+        return verify(*args, **kwargs)
 
     def bind(self, forwards: Sequence[FusedForward]) -> None:
         for forward in forwards:
@@ -349,6 +397,7 @@ class _Applier:
         return torch.float32
 
     def build_layer(self, layer: DecoderLayer, pairing: Pairing) -> list[FusedDecoderLayer]:
+        check_own_forwards(layer.module)
         return [FusedDecoderLayer(layer, self.formats, pairing, self.backend, self.finder)]
 
     def layer(self, f: _Found) -> None:
@@ -359,13 +408,7 @@ class _Applier:
         call = self.calls.get(layer.module)
         if call is None:
             return
-        reason, pairing = self.prove(
-            f,
-            self.build_layer,
-            partial(_call_layer, call),
-            call.hidden_states.shape[-1],
-            call.hidden_states.dtype,
-        )
+        reason, pairing = self.prove(f, self.build_layer, layer.module)
         if reason is not None:
             self.why_parts.setdefault(reason, f.name)
             return
@@ -374,6 +417,7 @@ class _Applier:
         except Unsupported as unsupported:
             self.why_parts.setdefault(unsupported.reason, f.name)
             return
+        forward.prove_for(call.kwargs)
         self.bind([forward])
         attention, mlp = layer.attention, layer.mlp
         norms = [layer.attention_norm, layer.mlp_norm]
@@ -388,6 +432,7 @@ class _Applier:
         self.claimed |= {id(m) for m in layer.module.modules()}
 
     def build_attention(self, attention: Attention, pairing: Pairing) -> list[FusedAttention]:
+        check_own_forwards(attention.module)
         return [FusedAttention(attention, self.formats, pairing, self.backend, self.finder)]
 
     def attention(self, f: _Found) -> None:
@@ -395,23 +440,22 @@ class _Applier:
         assert isinstance(attention, Attention)
         if not self.asks("lora_qkv", "lora_o", "rope"):
             return
-        call = next(
-            (c for m, c in self.calls.items() if attention.module in list(m.modules())), None
-        )
-        if call is None:
+        holder = next((m for m in self.calls if attention.module in list(m.modules())), None)
+        if holder is None:
             reason: str | None = next(iter(self.why_parts), "its decoder layer was not recognised")
         else:
-            reason, pairing = self.prove(
-                f,
-                self.build_attention,
-                partial(_call_layer, call),
-                call.hidden_states.shape[-1],
-                call.hidden_states.dtype,
-            )
+            reason, pairing = self.prove(f, self.build_attention, holder)
         if reason is not None:
             self.record("rope", attention.module, f"attention is not fused as a block: {reason}")
             return
-        (forward,) = self.build_attention(attention, pairing)
+        assert holder is not None
+        try:
+            (forward,) = self.build_attention(attention, pairing)
+        except Unsupported as unsupported:
+            reason = f"attention is not fused as a block: {unsupported.reason}"
+            self.record("rope", attention.module, reason)
+            return
+        forward.prove_for(self.calls[holder].kwargs)
         self.bind([forward])
         for operation in forward.operations:
             self.fuse(forward, operation, attention.module, "part")
@@ -441,23 +485,31 @@ class _Applier:
             reason = "RoPE is fused only together with fused_lora_qkv and fused_lora_o"
         self.record("rope", projections.module, reason)
 
+    def build_mlp(self, mlp: GatedMlp, _: Pairing) -> list[FusedMlp]:
+        check_own_forwards(mlp.module)
+        return [FusedMlp(mlp, self.formats)]
+
     def mlp(self, f: _Found) -> None:
         mlp = f.description
         assert isinstance(mlp, GatedMlp)
         self.part(
             f,
-            lambda d, _: [FusedMlp(d, self.formats)],
+            self.build_mlp,
             lambda block, h: [block.forward(h)],
             "lora_mlp",
             in_out(mlp.gate_up[0])[0],
         )
+
+    def build_norm(self, norm: RmsNorm, _: Pairing) -> list[FusedRmsNorm]:
+        check_own_forwards(norm.module)
+        return [FusedRmsNorm(norm)]
 
     def norm(self, f: _Found) -> None:
         norm = f.description
         assert isinstance(norm, RmsNorm)
         self.part(
             f,
-            lambda d, _: [FusedRmsNorm(d)],
+            self.build_norm,
             lambda block, h: [block.forward(h)],
             "rms_norm",
             norm.weight.numel(),
@@ -475,7 +527,14 @@ class _Applier:
         if not self.asks(operation):
             return
         module = f.description.module
-        key = (operation, signature(module))
+        # q, k, v and o are tried one by one, without the module that holds them
+        alone = isinstance(f.description, Projections)
+        key = (
+            operation,
+            self.sign(module),
+            self.hidden_dtype(module),
+            () if alone else self.place(module, call, hidden_size),
+        )
         if key not in self.verified:
             self.verified[key] = self.prove_part(f, build, call, hidden_size)
         reason = self.verified[key][0]
@@ -505,7 +564,7 @@ class _Applier:
         try:
             build(f.description, Pairing.HALVES)
             dtype = self.hidden_dtype(module)
-            return verify(module, bind, call, hidden_size, dtype), Pairing.HALVES
+            return self.timed(module, bind, call, hidden_size, dtype), Pairing.HALVES
         except Unsupported as unsupported:
             return unsupported.reason, Pairing.HALVES
 
@@ -587,7 +646,10 @@ def _call_layer(call: LayerCall, block: nn.Module, h: Tensor) -> list[Tensor]:
 
     output = block.forward(hidden_states=h, **{k: fit(v) for k, v in call.kwargs.items()})
     outputs = output if isinstance(output, tuple) else (output,)
-    return [o for o in outputs if isinstance(o, Tensor) and o.requires_grad][:1]
+    found = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad][:1]
+    if call.kept is None:
+        return found
+    return [o.masked_fill(~call.kept[..., None], 0.0) for o in found]
 
 
 def apply(

@@ -1,12 +1,13 @@
 """Finds out with which arguments a model calls its decoder layers.
 
-Every layer is replaced, for one forward of a few tokens, by a recorder that returns its input: no
-weight is used but the embedding's, nothing is kept, and the instances are as before afterwards.
+Every layer is replaced, for a few forwards of a few tokens, by a recorder that returns its input:
+no weight is used but the embedding's, nothing is kept, and the instances are as before afterwards.
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ class LayerCall:
 
     hidden_states: Tensor
     kwargs: dict[str, Any]
+    # [B, S]: the tokens that are not padding; None: all.
+    kept: Tensor | None = None
 
 
 class _Recorder(FusedForward):
@@ -42,10 +45,93 @@ class _Recorder(FusedForward):
         return h
 
 
-def record_layer_calls(
-    backbone: nn.Module, layers: Sequence[nn.Module]
-) -> dict[nn.Module, LayerCall]:
+Calls = dict[nn.Module, LayerCall]
+# Elements of a buffer that is copied while a model is probed: of RoPE's frequencies, not of tables.
+_SMALL = 1 << 20
+
+
+def record_other_calls(backbone: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Calls]:
+    """The calls of each of `layers` in forwards of other kinds, those that the model takes.
+
+    It is a model that `record_layer_calls` has recorded.
+
+    With padding behind the first row, with two documents packed into each row, and with positions
+    at the end of what the model's config allows for.
+    """
+    device = next(
+        (m.weight.device for m in backbone.modules() if isinstance(m, nn.Embedding)), None
+    )
+    batch, length = TOKENS
+    mask = torch.ones(TOKENS, dtype=torch.long, device=device)
+    mask[0, length - 5 :] = 0
+    positions = torch.arange(length, device=device).expand(batch, -1)
+    config: Any = getattr(backbone, "config", None)
+    last = getattr(config, "max_position_embeddings", None)
+    kinds: dict[str, dict[str, Tensor]] = {
+        "with padding": {"attention_mask": mask},
+        "with packed documents": {"position_ids": positions % 7},
+    }
+    if isinstance(last, int) and last > 2 * length:
+        kinds[f"at positions up to {last - 1}"] = {"position_ids": positions + last - length}
+    found = {}
+    for what, inputs in kinds.items():
+        try:
+            calls = record_layer_calls(backbone, layers, **inputs)
+        except Unsupported:  # a model that takes no such input
+            continue
+        if "attention_mask" in inputs:
+            calls = {m: replace(call, kept=mask.bool()) for m, call in calls.items()}
+        found[what] = calls
+    return found
+
+
+@contextmanager
+def _as_before(backbone: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Puts back what a forward changes outside the layers, as RoPE's frequencies of long rows."""
+    inside = {id(m) for layer in layers for m in layer.modules()}
+    outside = [m for m in backbone.modules() if id(m) not in inside]
+    before = [
+        (
+            module,
+            {k: v for k, v in module.__dict__.items() if _is_value(v)},
+            dict(module._buffers),
+            {k: b.clone() for k, b in module._buffers.items() if b is not None and _is_small(b)},
+        )
+        for module in outside
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers, contents in before:
+            for name in [k for k, v in module.__dict__.items() if _is_value(v)]:
+                # transformers marks modules by private names
+                if name not in attributes and not name.startswith("_"):
+                    del module.__dict__[name]
+            module.__dict__.update(attributes)
+            for name in set(module._buffers) - set(buffers):
+                del module._buffers[name]
+            module._buffers.update(buffers)
+            for name, content in contents.items():
+                buffer = buffers[name]
+                if buffer is not None and not torch.equal(buffer, content):
+                    buffer.copy_(content)
+
+
+def _is_value(value: object) -> bool:
+    return value is None or isinstance(value, int | float | str | Tensor)
+
+
+def _is_small(buffer: Tensor) -> bool:
+    return not buffer.is_meta and buffer.numel() <= _SMALL
+
+
+def record_layer_calls(backbone: nn.Module, layers: Sequence[nn.Module], **inputs: Tensor) -> Calls:
     """The call of each of `layers` in one forward of `backbone` on a few random tokens.
+
+    Args:
+        backbone: the model without its head.
+        layers: modules of it that take hidden_states.
+        **inputs: what it gets beside input_ids.
 
     Raises:
         Unsupported: the model does not run on input_ids alone.
@@ -57,13 +143,17 @@ def record_layer_calls(
     if device.type == "meta":
         raise Unsupported("the model's weights are not here yet (meta device)")
     binding, recorders = Binding(), [_Recorder(layer) for layer in layers]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.no_grad(),
+        _as_before(backbone, layers),
+    ):
         torch.manual_seed(0)
         ids = torch.randint(0, min(100, embedding.num_embeddings), TOKENS, device=device)
         try:
             for recorder in recorders:
                 binding.bind(recorder.module, recorder)
-            backbone(input_ids=ids, use_cache=False)
+            backbone(input_ids=ids, use_cache=False, **inputs)
         except Unsupported:
             raise
         except (

@@ -95,7 +95,7 @@ def fuse_with(
     fused = _stand_aside(config, aside) if aside else _apply(model, config, plugins)
     report = FuseReport(
         config, fused.records, fused.unfuse, fused.notes, fused.fp8_noise, fused.checkpointing,
-        fused.masks,
+        fused.masks, fused.proofs, fused.proving_s,
     )  # fmt: skip
     try:
         report.check_fused()
