@@ -5,9 +5,12 @@ its projections alone), MLP, norms. What is fused, at which level, and why the r
 recorded per operation and module.
 """
 
+import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -652,6 +655,21 @@ def _call_layer(call: LayerCall, block: nn.Module, h: Tensor) -> list[Tensor]:
     return [o.masked_fill(~call.kept[..., None], 0.0) for o in found]
 
 
+@contextmanager
+def _random_states(model: nn.Module) -> Iterator[None]:
+    """torch's, Python's and numpy's generators as before afterwards: stock forwards may draw."""
+    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    numpy: Any = sys.modules.get("numpy")
+    ours, theirs = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(cuda):
+            yield
+    finally:
+        random.setstate(ours)
+        if numpy:
+            numpy.random.set_state(theirs)
+
+
 def apply(
     model: nn.Module,
     enabled: Mapping[str, bool],
@@ -681,7 +699,8 @@ def apply(
         model, enabled, structures, weight_formats, attention, fp8, checkpointing, budget_bytes
     )
     try:
-        return applier.run()
+        with _random_states(model):
+            return applier.run()
     except BaseException:
         applier.result.unfuse()
         raise
