@@ -35,7 +35,13 @@ from lorafuse.patches.fp8 import Fp8Noise, Fp8Record, Group, measure_noise, swit
 from lorafuse.patches.loss import FusedCausalLoss, recognise_causal_head, verify_causal_loss
 from lorafuse.patches.mlp import FusedMlp
 from lorafuse.patches.norms import FusedRmsNorm
-from lorafuse.patches.probe import Calls, LayerCall, record_layer_calls, record_other_calls
+from lorafuse.patches.probe import (
+    TOKENS,
+    Calls,
+    LayerCall,
+    record_layer_calls,
+    record_other_calls,
+)
 from lorafuse.patches.signature import layer_indexes, plain, signature
 from lorafuse.patches.structure import (
     BUILTIN_STRUCTURES,
@@ -274,7 +280,13 @@ class _Applier:
             self.signatures[id(module)] = signature(module)
         return self.signatures[id(module)]
 
-    def place(self, module: nn.Module, call: CallBlock, hidden_size: int) -> Hashable:
+    def place(
+        self,
+        module: nn.Module,
+        call: CallBlock,
+        hidden_size: int,
+        shape: Sequence[int] = TOKENS,
+    ) -> Hashable:
         """The block's place in the model where that changes what it computes, else ()."""
         own, key = layer_indexes(module), self.sign(module)
         if len(own) != 1:
@@ -282,7 +294,7 @@ class _Applier:
         if key not in self.by_index:
             others = sorted(self.indexes[key] - set(own))
             self.by_index[key] = bool(others) and depends_on_index(
-                module, call, hidden_size, others
+                module, call, hidden_size, others, shape
             )
         return own if self.by_index[key] else ()
 
@@ -298,8 +310,8 @@ class _Applier:
         """
         module, recorded = f.description.module, self.calls[holder]
         call = partial(_call_layer, recorded)
-        hidden_size, dtype = recorded.hidden_states.shape[-1], recorded.hidden_states.dtype
-        place = self.place(module, call, hidden_size)
+        (*shape, hidden_size), dtype = recorded.hidden_states.shape, recorded.hidden_states.dtype
+        place = self.place(module, call, hidden_size, shape)
         arguments = plain(recorded.kwargs, small=64)
         key = (self.sign(module), place, arguments, type(f.description), dtype)
         if key not in self.verified:
@@ -307,6 +319,7 @@ class _Applier:
                 what: partial(_call_layer, calls[holder])
                 for what, calls in self.other_calls.items()
                 if holder in calls
+                and calls[holder].hidden_states.shape == recorded.hidden_states.shape
             }
             reasons: list[str | None] = []
             for pairing in Pairing:
@@ -318,7 +331,7 @@ class _Applier:
                 try:
                     build(f.description, pairing)  # what it cannot read needs no proof
                     reasons.append(
-                        self.timed(module, bind, call, hidden_size, dtype, other_calls=others)
+                        self.timed(module, bind, call, hidden_size, dtype, shape, others)
                     )
                 except Unsupported as unsupported:
                     reasons.append(unsupported.reason)

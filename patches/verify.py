@@ -74,7 +74,7 @@ def verify(
     call: CallBlock,
     hidden_size: int,
     hidden_dtype: torch.dtype,
-    shape: tuple[int, int] = (2, 12),
+    shape: Sequence[int] = (2, 12),
     other_calls: Mapping[str, CallBlock] | None = None,
 ) -> str | None:
     """Compares the fused form of a copy of `block` with the stock form.
@@ -135,7 +135,7 @@ def depends_on_index(
     call: CallBlock,
     hidden_size: int,
     indexes: Sequence[int],
-    shape: tuple[int, int] = (2, 12),
+    shape: Sequence[int] = (2, 12),
 ) -> bool:
     """Whether a copy of the stock block computes something else in another place of the model.
 
