@@ -35,10 +35,13 @@ from lorafuse.patches.fp8 import Fp8Noise, Fp8Record, Group, measure_noise, swit
 from lorafuse.patches.loss import FusedCausalLoss, recognise_causal_head, verify_causal_loss
 from lorafuse.patches.mlp import FusedMlp
 from lorafuse.patches.norms import FusedRmsNorm
+from lorafuse.patches.positions import PositionLimit
 from lorafuse.patches.probe import (
     TOKENS,
     Calls,
     LayerCall,
+    last_position,
+    record_far_calls,
     record_layer_calls,
     record_other_calls,
 )
@@ -72,6 +75,8 @@ __all__ = [
 
 OPERATIONS = ("lora_mlp", "lora_qkv", "lora_o", "rms_norm", "rope", "attention", "cross_entropy")
 _NOT_WHOLE = "no decoder layer is fused whole here; the trainer's own checkpointing holds"
+# A block that is not as it seems from fewer positions on is not fused.
+_LEAST_LIMIT = 64
 _NO_ADAPTERS = "the model has no LoRA adapters"
 _NOTHING = {
     "lora_mlp": NO_GATED_MLP,
@@ -148,6 +153,49 @@ class _Found:
     recogniser: Recogniser
 
 
+@dataclass(frozen=True)
+class _Proof:
+    """Why a block is not fused, or None; RoPE's pairing; the position from which it is not."""
+
+    reason: str | None
+    pairing: Pairing = Pairing.HALVES
+    below: int | None = None
+
+
+class _FarCalls:
+    """The calls of a model's layers at positions far out, recorded where they are asked for."""
+
+    def __init__(self, backbone: nn.Module, layers: Sequence[nn.Module]) -> None:
+        self.backbone, self.layers = backbone, layers
+        self.recorded: dict[int, Calls] = {}
+
+    def at(self, end: int, holder: nn.Module) -> dict[str, LayerCall]:
+        """{what it is: the call with the last positions before `end`}, or {}."""
+        if end not in self.recorded:
+            self.recorded[end] = record_far_calls(self.backbone, self.layers, end)
+        call = self.recorded[end].get(holder)
+        return {} if call is None else {f"at positions up to {end - 1}": call}
+
+    def attempt(
+        self, prove: Callable[[Mapping[str, LayerCall]], str | None], holder: nn.Module
+    ) -> tuple[str | None, int | None]:
+        """(the proof's reason or None, the position below which it holds or None: everywhere).
+
+        Where it fails for the last positions alone, powers of two below them are tried in turn.
+        """
+        end = last_position(self.backbone) if self.layers else 0
+        far = self.at(end, holder) if end else {}
+        first = prove(far)
+        if first is None or not far or not any(what in first for what in far):
+            return first, None
+        end = 1 << (end - 1).bit_length() - 1
+        while end >= _LEAST_LIMIT:
+            if prove(self.at(end, holder)) is None:
+                return None, end
+            end //= 2
+        return first, None
+
+
 class _Applier:
     """One run of `apply`."""
 
@@ -170,10 +218,12 @@ class _Applier:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.result = FusedModel()
         self.claimed: set[int] = set()
-        self.verified: dict[Hashable, tuple[str | None, Pairing]] = {}
+        self.verified: dict[Hashable, _Proof] = {}
         self.signatures: dict[int, Hashable] = {}
         self.calls: Calls = {}
         self.other_calls: dict[str, Calls] = {}
+        self.far = _FarCalls(model, [])
+        self.limits: dict[int, PositionLimit] = {}
         self.indexes: dict[Hashable, set[int]] = {}
         self.by_index: dict[Hashable, bool] = {}
         self.why_parts: dict[str, str] = {}
@@ -268,6 +318,7 @@ class _Applier:
             try:
                 self.calls = record_layer_calls(backbone, list(modules))
                 self.other_calls = record_other_calls(backbone, list(modules))
+                self.far = _FarCalls(backbone, list(modules))
                 return
             except Unsupported as unsupported:
                 self.why_parts.setdefault(unsupported.reason, first)
@@ -300,8 +351,8 @@ class _Applier:
 
     def prove(
         self, f: _Found, build: Callable[..., Sequence[FusedForward]], holder: nn.Module
-    ) -> tuple[str | None, Pairing]:
-        """(reason or None, RoPE's pairing) for the block, computed once per distinct block.
+    ) -> _Proof:
+        """What is found out about the block, once per distinct block.
 
         Args:
             f: a decoder layer or an attention.
@@ -314,31 +365,51 @@ class _Applier:
         place = self.place(module, call, hidden_size, shape)
         arguments = plain(recorded.kwargs, small=64)
         key = (self.sign(module), place, arguments, type(f.description), dtype)
-        if key not in self.verified:
-            others = {
-                what: partial(_call_layer, calls[holder])
-                for what, calls in self.other_calls.items()
-                if holder in calls
-                and calls[holder].hidden_states.shape == recorded.hidden_states.shape
-            }
-            reasons: list[str | None] = []
-            for pairing in Pairing:
+        if key in self.verified:
+            return self.verified[key]
+        kinds = {what: calls[holder] for what, calls in self.other_calls.items() if holder in calls}
+        proof = _Proof("it was not tried")
+        for pairing in Pairing:
 
-                def bind(replica: nn.Module, binding: Binding, pairing: Pairing = pairing) -> None:
-                    for forward in build(f.recogniser(replica), pairing):
-                        binding.bind(forward.module, forward)
+            def bind(replica: nn.Module, binding: Binding, pairing: Pairing = pairing) -> None:
+                for forward in build(f.recogniser(replica), pairing):
+                    binding.bind(forward.module, forward)
 
-                try:
-                    build(f.description, pairing)  # what it cannot read needs no proof
-                    reasons.append(
-                        self.timed(module, bind, call, hidden_size, dtype, shape, others)
-                    )
-                except Unsupported as unsupported:
-                    reasons.append(unsupported.reason)
-                if reasons[-1] is None:
-                    break
-            self.verified[key] = (None if reasons[-1] is None else reasons[0]), pairing
-        return self.verified[key]
+            def attempt(
+                more: Mapping[str, LayerCall], bind: Callable[..., None] = bind
+            ) -> str | None:
+                others = {
+                    what: partial(_call_layer, other)
+                    for what, other in {**kinds, **more}.items()
+                    if other.hidden_states.shape == recorded.hidden_states.shape
+                }
+                return self.timed(module, bind, call, hidden_size, dtype, shape, others)
+
+            try:
+                build(f.description, pairing)  # what it cannot read needs no proof
+                reason, below = self.far.attempt(attempt, holder)
+            except Unsupported as unsupported:
+                reason, below = unsupported.reason, None
+            if reason is None:
+                proof = _Proof(None, pairing, below)
+                break
+            if pairing is next(iter(Pairing)):
+                proof = _Proof(reason)
+        self.verified[key] = proof
+        return proof
+
+    def hold(self, forward: FusedForward, proof: _Proof, call: LayerCall) -> None:
+        """Holds a fused forward to what was proven."""
+        limit = None
+        if proof.below is not None:
+            limit = self.limits.setdefault(proof.below, PositionLimit(proof.below))
+            note = (
+                f"from position {proof.below} on, {type(forward.module).__name__} computes "
+                "something else than it is fused as: batches that reach it go the stock way"
+            )
+            if note not in self.result.notes:
+                self.result.notes.append(note)
+        forward.prove_for(call.kwargs, limit)
 
     def timed(self, *args: Any, **kwargs: Any) -> str | None:
         """`verify`, counted."""
@@ -424,16 +495,16 @@ class _Applier:
         call = self.calls.get(layer.module)
         if call is None:
             return
-        reason, pairing = self.prove(f, self.build_layer, layer.module)
-        if reason is not None:
-            self.why_parts.setdefault(reason, f.name)
+        proof = self.prove(f, self.build_layer, layer.module)
+        if proof.reason is not None:
+            self.why_parts.setdefault(proof.reason, f.name)
             return
         try:
-            (forward,) = self.build_layer(layer, pairing)
+            (forward,) = self.build_layer(layer, proof.pairing)
         except Unsupported as unsupported:
             self.why_parts.setdefault(unsupported.reason, f.name)
             return
-        forward.prove_for(call.kwargs)
+        self.hold(forward, proof, call)
         self.bind([forward])
         attention, mlp = layer.attention, layer.mlp
         norms = [layer.attention_norm, layer.mlp_norm]
@@ -457,21 +528,19 @@ class _Applier:
         if not self.asks("lora_qkv", "lora_o", "rope"):
             return
         holder = next((m for m in self.calls if attention.module in list(m.modules())), None)
-        if holder is None:
-            reason: str | None = next(iter(self.why_parts), "its decoder layer was not recognised")
-        else:
-            reason, pairing = self.prove(f, self.build_attention, holder)
-        if reason is not None:
-            self.record("rope", attention.module, f"attention is not fused as a block: {reason}")
-            return
-        assert holder is not None
         try:
-            (forward,) = self.build_attention(attention, pairing)
+            if holder is None:
+                reason = next(iter(self.why_parts), "its decoder layer was not recognised")
+                raise Unsupported(reason)
+            proof = self.prove(f, self.build_attention, holder)
+            if proof.reason is not None:
+                raise Unsupported(proof.reason)
+            (forward,) = self.build_attention(attention, proof.pairing)
         except Unsupported as unsupported:
             reason = f"attention is not fused as a block: {unsupported.reason}"
             self.record("rope", attention.module, reason)
             return
-        forward.prove_for(self.calls[holder].kwargs)
+        self.hold(forward, proof, self.calls[holder])
         self.bind([forward])
         for operation in forward.operations:
             self.fuse(forward, operation, attention.module, "part")
@@ -552,8 +621,8 @@ class _Applier:
             () if alone else self.place(module, call, hidden_size),
         )
         if key not in self.verified:
-            self.verified[key] = self.prove_part(f, build, call, hidden_size)
-        reason = self.verified[key][0]
+            self.verified[key] = _Proof(self.prove_part(f, build, call, hidden_size))
+        reason = self.verified[key].reason
         if reason is None:
             try:
                 forwards = build(f.description, Pairing.HALVES)
@@ -571,7 +640,7 @@ class _Applier:
         build: Callable[..., Sequence[FusedForward]],
         call: Callable[[nn.Module, Tensor], Sequence[Tensor]],
         hidden_size: int,
-    ) -> tuple[str | None, Pairing]:
+    ) -> str | None:
         def bind(replica: nn.Module, binding: Binding) -> None:
             for forward in build(f.recogniser(replica), Pairing.HALVES):
                 binding.bind(forward.module, forward)
@@ -580,9 +649,9 @@ class _Applier:
         try:
             build(f.description, Pairing.HALVES)
             dtype = self.hidden_dtype(module)
-            return self.timed(module, bind, call, hidden_size, dtype), Pairing.HALVES
+            return self.timed(module, bind, call, hidden_size, dtype)
         except Unsupported as unsupported:
-            return unsupported.reason, Pairing.HALVES
+            return unsupported.reason
 
     def backend_record(
         self, forward: FusedDecoderLayer | FusedAttention, module: nn.Module, level: str

@@ -73,6 +73,7 @@ class FusedForward:
         first = next(iter(self.__signature__.parameters.values()), None)
         plain = first is not None and first.kind is first.POSITIONAL_OR_KEYWORD
         self._proven: dict[str, Hashable] = {}
+        self._positions: Any = None
         self._first = first.name if first is not None and plain else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,17 +94,21 @@ class FusedForward:
         named.update(named.pop("kwargs", {}))
         return named
 
-    def prove_for(self, arguments: Mapping[str, Any]) -> None:
+    def prove_for(self, arguments: Mapping[str, Any], positions: Any = None) -> None:
         """Holds the arguments that only this forward's class knows to the values it is proven for.
 
         Args:
             arguments: by name, as the stock forward got them in the proof.
+            positions: the `PositionLimit` of the proof, or None.
         """
+        self._positions = positions
         own = set(self.__signature__.parameters) - KNOWN_ARGUMENTS
         self._proven = {name: self._value(name, arguments) for name in own}
 
     def check_proven(self, arguments: Mapping[str, Any]) -> None:
         """Raises Unsupported where a call brings another value than the proof's."""
+        if self._positions is not None:
+            self._positions.check(arguments.get("position_ids"))
         for name, proven in self._proven.items():
             if self._value(name, arguments) != proven:
                 raise Unsupported(f"it was called with another {name} than it is proven for")

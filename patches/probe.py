@@ -53,26 +53,16 @@ _SMALL = 1 << 20
 def record_other_calls(backbone: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Calls]:
     """The calls of each of `layers` in forwards of other kinds, those that the model takes.
 
-    It is a model that `record_layer_calls` has recorded.
-
-    With padding behind the first row, with two documents packed into each row, and with positions
-    at the end of what the model's config allows for.
+    With padding behind the first row, and with two documents packed into each row. It is a model
+    that `record_layer_calls` has recorded.
     """
-    device = next(
-        (m.weight.device for m in backbone.modules() if isinstance(m, nn.Embedding)), None
-    )
-    batch, length = TOKENS
-    mask = torch.ones(TOKENS, dtype=torch.long, device=device)
-    mask[0, length - 5 :] = 0
-    positions = torch.arange(length, device=device).expand(batch, -1)
-    config: Any = getattr(backbone, "config", None)
-    last = getattr(config, "max_position_embeddings", None)
+    positions = _positions(backbone)
+    mask = torch.ones_like(positions)
+    mask[0, TOKENS[1] - 5 :] = 0
     kinds: dict[str, dict[str, Tensor]] = {
         "with padding": {"attention_mask": mask},
         "with packed documents": {"position_ids": positions % 7},
     }
-    if isinstance(last, int) and last > 2 * length:
-        kinds[f"at positions up to {last - 1}"] = {"position_ids": positions + last - length}
     found = {}
     for what, inputs in kinds.items():
         try:
@@ -83,6 +73,27 @@ def record_other_calls(backbone: nn.Module, layers: Sequence[nn.Module]) -> dict
             calls = {m: replace(call, kept=mask.bool()) for m, call in calls.items()}
         found[what] = calls
     return found
+
+
+def last_position(backbone: nn.Module) -> int:
+    """The end of the positions that the model's config allows for; 0 where it says nothing."""
+    config: Any = getattr(backbone, "config", None)
+    last = getattr(config, "max_position_embeddings", None)
+    return last if isinstance(last, int) and last > 2 * TOKENS[1] else 0
+
+
+def record_far_calls(backbone: nn.Module, layers: Sequence[nn.Module], end: int) -> Calls:
+    """As `record_layer_calls`, with the last positions before `end`; {} where it takes none."""
+    try:
+        positions = _positions(backbone) + end - TOKENS[1]
+        return record_layer_calls(backbone, layers, position_ids=positions)
+    except Unsupported:
+        return {}
+
+
+def _positions(backbone: nn.Module) -> Tensor:
+    device = next(m.weight.device for m in backbone.modules() if isinstance(m, nn.Embedding))
+    return torch.arange(TOKENS[1], device=device).expand(TOKENS[0], -1)
 
 
 @contextmanager

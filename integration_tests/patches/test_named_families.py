@@ -131,7 +131,7 @@ NAMED: dict[str, Named] = {
         "Ministral3",
         {"head_dim": 32, "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0,
          "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
-        layers=0, fused=fused(2, 2, 2, 5, 0),
+        fused=WHOLE,  # below position 64
     ),
     "Gemma 1 2B": Named(
         "Gemma", {"head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": True},
