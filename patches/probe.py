@@ -5,6 +5,7 @@ no weight is used but the embedding's, nothing is kept, and the instances are as
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -78,17 +79,80 @@ def record_other_calls(backbone: nn.Module, layers: Sequence[nn.Module]) -> dict
 def last_position(backbone: nn.Module) -> int:
     """The end of the positions that the model's config allows for; 0 where it says nothing."""
     config: Any = getattr(backbone, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     last = getattr(config, "max_position_embeddings", None)
     return last if isinstance(last, int) and last > 2 * TOKENS[1] else 0
 
 
 def record_far_calls(backbone: nn.Module, layers: Sequence[nn.Module], end: int) -> Calls:
-    """As `record_layer_calls`, with the last positions before `end`; {} where it takes none."""
+    """As `record_layer_calls`, with the last positions before `end`; {} where it takes none.
+
+    On a copy on the CPU, without the layers and with a small table of words: an index beyond a
+    table of positions is an exception there, and the end of the process on a GPU.
+    """
     try:
-        positions = _positions(backbone) + end - TOKENS[1]
-        return record_layer_calls(backbone, layers, position_ids=positions)
-    except Unsupported:
+        replica, stand_ins = _without_weights(backbone, layers)
+        positions = _positions(replica) + end - TOKENS[1]
+        recorded = record_layer_calls(replica, stand_ins, position_ids=positions)
+    except Exception:  # any model may refuse to be copied, or to run alone
         return {}
+    device = next(m.weight.device for m in backbone.modules() if isinstance(m, nn.Embedding))
+    return {
+        layer: _moved(recorded[stand_in], device)
+        for layer, stand_in in zip(layers, stand_ins, strict=True)
+        if stand_in in recorded
+    }
+
+
+class _Called:
+    """A forward of this signature; a recorder stands in its place before it is called."""
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        self.__signature__ = signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class _StandIn(nn.Module):
+    """Where a layer was: without parts of its own, what is asked of it is the layer's."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer
+        self.__dict__["forward"] = _Called(inspect.signature(layer.forward))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+
+def _without_weights(
+    backbone: nn.Module, layers: Sequence[nn.Module]
+) -> tuple[nn.Module, list[nn.Module]]:
+    """(a copy of `backbone` on the CPU, what stands in it for each of `layers`)."""
+    stand_ins: list[nn.Module] = [_StandIn(layer) for layer in layers]
+    memo: dict[int, Any] = {id(m): s for m, s in zip(layers, stand_ins, strict=True)}
+    inside = {id(m) for layer in layers for m in layer.modules()}
+    holders = {id(m) for m in backbone.modules() if any(id(c) in inside for c in m.modules())}
+    words = next(m for m in backbone.modules() if isinstance(m, nn.Embedding))
+    memo[id(words)] = nn.Embedding(128, words.embedding_dim, dtype=words.weight.dtype)
+    for module in backbone.modules():  # towers of vision, and the like
+        if id(module) not in holders | inside | set(memo):
+            large = sum(p.numel() for p in module.parameters()) > _SMALL
+            if large:
+                memo[id(module)] = nn.Identity()
+    return copy.deepcopy(backbone, memo).cpu(), stand_ins
+
+
+def _moved(call: LayerCall, device: torch.device) -> LayerCall:
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        return tuple(map(move, value)) if isinstance(value, tuple) else value
+
+    kwargs = {name: move(value) for name, value in call.kwargs.items()}
+    return LayerCall(call.hidden_states.to(device), kwargs)
 
 
 def _positions(backbone: nn.Module) -> Tensor:

@@ -4,7 +4,7 @@ import gc
 import random
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -158,6 +158,34 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "grad mode": torch.is_grad_enabled(),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
     }  # fmt: skip
+
+
+class ShortTable(llama.LlamaModel):
+    """Positions beyond a table: an exception on the CPU, the end of the process on a GPU."""
+
+    seen: ClassVar[list[tuple[bool, int]]] = []
+
+    def forward(self, *args, position_ids=None, **kwargs):
+        if position_ids is not None:
+            self.seen.append((id(self) == self.live, int(position_ids.max())))
+            self.table[position_ids]
+        return super().forward(*args, position_ids=position_ids, **kwargs)
+
+
+@pytest.mark.parametrize("rows", [16, 256])
+def test_far_positions_are_tried_on_a_copy(rows, make_peft, step, close) -> None:
+    model = make_peft(LlamaConfig(**SIZES, num_hidden_layers=2))
+    backbone = model.get_base_model().model
+    backbone.__class__ = ShortTable
+    backbone.register_buffer("table", torch.zeros(rows), persistent=False)
+    backbone.live = id(backbone)  # a copy has another
+    ShortTable.seen.clear()
+    stock = step(model)
+    fused = apply(model, ALL)
+    assert (False, 255) in ShortTable.seen
+    assert max(last for live, last in ShortTable.seen if live) < 12
+    close(step(model), stock)
+    assert sum(r.level == "layer" for r in fused.records if r.operation == "rope") == 2
 
 
 class Raises(llama.LlamaMLP):
