@@ -4,6 +4,7 @@ Each differs from Llama's in one circumstance, and the step is made in that circ
 proof on a few tokens can see is here, too (`BLIND`), and in the README.
 """
 
+import copy
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -364,6 +365,8 @@ def test_ministral_3_is_fused_below_the_position_from_which_it_scales_queries(
         assert all(r.calls == calls for r in layers)
     reason = "it computes something else from position 128 on"
     assert all(r.stock_calls == {reason: 2} for r in layers)
+    replica = copy.deepcopy(model)  # holds itself to the same limit
+    close(step(replica, **far), stock[1])
     fused.unfuse()
     # the same without RoPE: as projections
     fused = apply(model, ALL | {"rope": False}, checkpointing=checkpointing)
