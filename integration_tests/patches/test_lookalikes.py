@@ -606,6 +606,18 @@ def test_what_no_proof_sees(name, make_peft) -> None:
     assert any(r.level == "layer" for r in fused.records)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
+def test_blocks_with_large_weights_are_fused_all_the_same(family, make_peft) -> None:
+    """Their attention saturates, where a proof tries large norm weights: rounding decides there."""
+    model = make_peft(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "base_layer.weight" in name:
+                parameter.normal_(std=3 * parameter.shape[1] ** -0.5)
+    fused = apply(model, ALL)
+    assert [r.level for r in fused.records if r.operation == "rope"] == ["layer"] * 2, fused.notes
+
+
 def test_a_proof_says_in_which_circumstance_it_failed(make_peft) -> None:
     mlp = make_peft("llama").get_base_model().model.layers[0].mlp
     mlp.__class__ = ClampsInside
