@@ -5,8 +5,12 @@ its projections alone), MLP, norms. What is fused, at which level, and why the r
 recorded per operation and module.
 """
 
+import random
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +26,7 @@ from lorafuse.patches.attention import (
     Pairing,
     SharedProjections,
 )
-from lorafuse.patches.bind import Binding, FusedForward, Unsupported
+from lorafuse.patches.bind import Binding, FusedForward, Unsupported, check_own_forwards
 from lorafuse.patches.checkpointing import AUTO, OFFLOAD, Checkpointing, CheckpointingRecord
 from lorafuse.patches.decoder_layer import FusedDecoderLayer
 from lorafuse.patches.documents import DocumentFinder
@@ -34,7 +38,17 @@ from lorafuse.patches.loss import FusedCausalLoss, recognise_causal_head, verify
 from lorafuse.patches.mlp import FusedMlp
 from lorafuse.patches.moe import FusedExperts, call_experts, ignored_adapters, small_copy
 from lorafuse.patches.norms import FusedRmsNorm
-from lorafuse.patches.probe import LayerCall, record_layer_calls
+from lorafuse.patches.positions import PositionLimit
+from lorafuse.patches.probe import (
+    TOKENS,
+    Calls,
+    LayerCall,
+    last_position,
+    record_far_calls,
+    record_layer_calls,
+    record_other_calls,
+)
+from lorafuse.patches.signature import layer_indexes, plain, signature
 from lorafuse.patches.structure import (
     BUILTIN_STRUCTURES,
     NO_ATTENTION,
@@ -52,7 +66,7 @@ from lorafuse.patches.structure import (
     in_out,
     recognise_experts,
 )
-from lorafuse.patches.verify import signature, verify
+from lorafuse.patches.verify import CallBlock, depends_on_index, verify
 from lorafuse.patches.weights import BUILTIN_WEIGHT_FORMATS, WeightFormat
 
 __all__ = [
@@ -75,6 +89,8 @@ OPERATIONS = (
     "cross_entropy",
 )
 _NOT_WHOLE = "no decoder layer is fused whole here; the trainer's own checkpointing holds"
+# A block that is not as it seems from fewer positions on is not fused.
+_LEAST_LIMIT = 64
 _NO_ADAPTERS = "the model has no LoRA adapters"
 _NOTHING = {
     "lora_mlp": NO_GATED_MLP,
@@ -128,6 +144,9 @@ class FusedModel:
     binding: Binding = field(default_factory=Binding)
     fp8_noise: Fp8Noise | None = None
     checkpointing: Checkpointing | None = None
+    # Blocks that were copied and compared with stock, and the time that finding and proving took.
+    proofs: int = 0
+    proving_s: float = 0.0
 
     def masks(self) -> dict[str, int]:
         """What became of attention masks: how many calls of attention went which way."""
@@ -149,6 +168,49 @@ class _Found:
     name: str
     description: Description
     recogniser: Recogniser
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """Why a block is not fused, or None; RoPE's pairing; the position from which it is not."""
+
+    reason: str | None
+    pairing: Pairing = Pairing.HALVES
+    below: int | None = None
+
+
+class _FarCalls:
+    """The calls of a model's layers at positions far out, recorded where they are asked for."""
+
+    def __init__(self, backbone: nn.Module, layers: Sequence[nn.Module]) -> None:
+        self.backbone, self.layers = backbone, layers
+        self.recorded: dict[int, Calls] = {}
+
+    def at(self, end: int, holder: nn.Module) -> dict[str, LayerCall]:
+        """{what it is: the call with the last positions before `end`}, or {}."""
+        if end not in self.recorded:
+            self.recorded[end] = record_far_calls(self.backbone, self.layers, end)
+        call = self.recorded[end].get(holder)
+        return {} if call is None else {f"at positions up to {end - 1}": call}
+
+    def attempt(
+        self, prove: Callable[[Mapping[str, LayerCall]], str | None], holder: nn.Module
+    ) -> tuple[str | None, int | None]:
+        """(the proof's reason or None, the position below which it holds or None: everywhere).
+
+        Where it fails for the last positions alone, powers of two below them are tried in turn.
+        """
+        end = last_position(self.backbone) if self.layers else 0
+        far = self.at(end, holder) if end else {}
+        first = prove(far)
+        if first is None or not far or not any(what in first for what in far):
+            return first, None
+        end = 1 << (end - 1).bit_length() - 1
+        while end >= _LEAST_LIMIT:
+            if prove(self.at(end, holder)) is None:
+                return None, end
+            end //= 2
+        return first, None
 
 
 class _Applier:
@@ -174,8 +236,14 @@ class _Applier:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.result = FusedModel()
         self.claimed: set[int] = set()
-        self.verified: dict[Hashable, tuple[str | None, Pairing]] = {}
-        self.calls: dict[nn.Module, LayerCall] = {}
+        self.verified: dict[Hashable, _Proof] = {}
+        self.signatures: dict[int, Hashable] = {}
+        self.calls: Calls = {}
+        self.other_calls: dict[str, Calls] = {}
+        self.far = _FarCalls(model, [])
+        self.limits: dict[int, PositionLimit] = {}
+        self.indexes: dict[Hashable, set[int]] = {}
+        self.by_index: dict[Hashable, bool] = {}
         self.why_parts: dict[str, str] = {}
 
     def asks(self, *operations: str) -> bool:
@@ -205,6 +273,9 @@ class _Applier:
             if self.graphs:
                 self.result.records.append(GraphRecord("", reason=_NO_ADAPTERS))
             return self.result
+        started = time.perf_counter()
+        for module in {f.description.module for f in found}:
+            self.indexes.setdefault(self.sign(module), set()).update(layer_indexes(module))
         layers = [f for f in found if isinstance(f.description, DecoderLayer)]
         self.probe(layers, [f for f in found if isinstance(f.description, Attention)])
         for f in layers:
@@ -224,6 +295,7 @@ class _Applier:
         if self.graphs:
             self.record_graphs(layers)
         self.report_nothing()
+        self.result.proving_s = time.perf_counter() - started
         if self.fp8:
             self.switch_fp8_on()
         for reason, name in self.why_parts.items():
@@ -271,41 +343,104 @@ class _Applier:
                 continue
             try:
                 self.calls = record_layer_calls(backbone, list(modules))
+                self.other_calls = record_other_calls(backbone, list(modules))
+                self.far = _FarCalls(backbone, list(modules))
                 return
             except Unsupported as unsupported:
                 self.why_parts.setdefault(unsupported.reason, first)
 
     # One level at a time: propose, prove, bind.
 
-    def prove(
+    def sign(self, module: nn.Module) -> Hashable:
+        """The module's signature, before anything is bound."""
+        if id(module) not in self.signatures:
+            self.signatures[id(module)] = signature(module)
+        return self.signatures[id(module)]
+
+    def place(
         self,
-        f: _Found,
-        build: Callable[..., Sequence[FusedForward]],
-        call: Callable[[nn.Module, Tensor], Sequence[Tensor]],
+        module: nn.Module,
+        call: CallBlock,
         hidden_size: int,
-        dtype: torch.dtype,
-    ) -> tuple[str | None, Pairing]:
-        """(reason or None, RoPE's pairing) for the block, computed once per distinct block."""
-        module = f.description.module
-        key = (signature(module), type(f.description), dtype)
-        if key not in self.verified:
-            reasons: list[str | None] = []
-            rotary = isinstance(f.description, Attention | DecoderLayer)
-            for pairing in Pairing if rotary else (Pairing.HALVES,):
+        shape: Sequence[int] = TOKENS,
+    ) -> Hashable:
+        """The block's place in the model where that changes what it computes, else ()."""
+        own, key = layer_indexes(module), self.sign(module)
+        if len(own) != 1:
+            return own
+        if key not in self.by_index:
+            others = sorted(self.indexes[key] - set(own))
+            self.by_index[key] = bool(others) and depends_on_index(
+                module, call, hidden_size, others, shape
+            )
+        return own if self.by_index[key] else ()
 
-                def bind(replica: nn.Module, binding: Binding, pairing: Pairing = pairing) -> None:
-                    for forward in build(f.recogniser(replica), pairing):
-                        binding.bind(forward.module, forward)
+    def prove(
+        self, f: _Found, build: Callable[..., Sequence[FusedForward]], holder: nn.Module
+    ) -> _Proof:
+        """What is found out about the block, once per distinct block.
 
-                try:
-                    build(f.description, pairing)  # what it cannot read needs no proof
-                    reasons.append(verify(module, bind, call, hidden_size, dtype))
-                except Unsupported as unsupported:
-                    reasons.append(unsupported.reason)
-                if reasons[-1] is None:
-                    break
-            self.verified[key] = (None if reasons[-1] is None else reasons[0]), pairing
-        return self.verified[key]
+        Args:
+            f: a decoder layer or an attention.
+            build: makes its fused forwards.
+            holder: the module whose recorded calls it is tried with: itself, or what it stands in.
+        """
+        module, recorded = f.description.module, self.calls[holder]
+        call = partial(_call_layer, recorded)
+        (*shape, hidden_size), dtype = recorded.hidden_states.shape, recorded.hidden_states.dtype
+        place = self.place(module, call, hidden_size, shape)
+        arguments = plain(recorded.kwargs, small=64)
+        key = (self.sign(module), place, arguments, type(f.description), dtype)
+        if key in self.verified:
+            return self.verified[key]
+        kinds = {what: calls[holder] for what, calls in self.other_calls.items() if holder in calls}
+        proof = _Proof("it was not tried")
+        for pairing in Pairing:
+
+            def bind(replica: nn.Module, binding: Binding, pairing: Pairing = pairing) -> None:
+                for forward in build(f.recogniser(replica), pairing):
+                    binding.bind(forward.module, forward)
+
+            def attempt(
+                more: Mapping[str, LayerCall], bind: Callable[..., None] = bind
+            ) -> str | None:
+                others = {
+                    what: partial(_call_layer, other)
+                    for what, other in {**kinds, **more}.items()
+                    if other.hidden_states.shape == recorded.hidden_states.shape
+                }
+                return self.timed(module, bind, call, hidden_size, dtype, shape, others)
+
+            try:
+                build(f.description, pairing)  # what it cannot read needs no proof
+                reason, below = self.far.attempt(attempt, holder)
+            except Unsupported as unsupported:
+                reason, below = unsupported.reason, None
+            if reason is None:
+                proof = _Proof(None, pairing, below)
+                break
+            if pairing is next(iter(Pairing)):
+                proof = _Proof(reason)
+        self.verified[key] = proof
+        return proof
+
+    def hold(self, forward: FusedForward, proof: _Proof, call: LayerCall) -> None:
+        """Holds a fused forward to what was proven."""
+        limit = None
+        if proof.below is not None:
+            limit = self.limits.setdefault(proof.below, PositionLimit(proof.below))
+            note = (
+                f"from position {proof.below} on, {type(forward.module).__name__} computes "
+                "something else than it is fused as: batches that reach it go the stock way"
+            )
+            if note not in self.result.notes:
+                self.result.notes.append(note)
+        forward.prove_for(call.kwargs, limit)
+
+    def timed(self, *args: Any, **kwargs: Any) -> str | None:
+        """`verify`, counted."""
+        self.result.proofs += 1
+        return verify(*args, **kwargs)
 
     def bind(self, forwards: Sequence[FusedForward]) -> None:
         for forward in forwards:
@@ -392,6 +527,7 @@ class _Applier:
         return torch.float32
 
     def build_layer(self, layer: DecoderLayer, pairing: Pairing) -> list[FusedDecoderLayer]:
+        check_own_forwards(layer.module)
         return [FusedDecoderLayer(layer, self.formats, pairing, self.backend, self.finder)]
 
     def layer(self, f: _Found) -> None:
@@ -402,21 +538,16 @@ class _Applier:
         call = self.calls.get(layer.module)
         if call is None:
             return
-        reason, pairing = self.prove(
-            f,
-            self.build_layer,
-            partial(_call_layer, call),
-            call.hidden_states.shape[-1],
-            call.hidden_states.dtype,
-        )
-        if reason is not None:
-            self.why_parts.setdefault(reason, f.name)
+        proof = self.prove(f, self.build_layer, layer.module)
+        if proof.reason is not None:
+            self.why_parts.setdefault(proof.reason, f.name)
             return
         try:
-            (forward,) = self.build_layer(layer, pairing)
+            (forward,) = self.build_layer(layer, proof.pairing)
         except Unsupported as unsupported:
             self.why_parts.setdefault(unsupported.reason, f.name)
             return
+        self.hold(forward, proof, call)
         self.bind([forward])
         attention, mlp = layer.attention, layer.mlp
         norms = [layer.attention_norm, layer.mlp_norm]
@@ -431,6 +562,7 @@ class _Applier:
         self.claimed |= {id(m) for m in layer.module.modules()}
 
     def build_attention(self, attention: Attention, pairing: Pairing) -> list[FusedAttention]:
+        check_own_forwards(attention.module)
         return [FusedAttention(attention, self.formats, pairing, self.backend, self.finder)]
 
     def attention(self, f: _Found) -> None:
@@ -438,23 +570,20 @@ class _Applier:
         assert isinstance(attention, Attention)
         if not self.asks("lora_qkv", "lora_o", "rope"):
             return
-        call = next(
-            (c for m, c in self.calls.items() if attention.module in list(m.modules())), None
-        )
-        if call is None:
-            reason: str | None = next(iter(self.why_parts), "its decoder layer was not recognised")
-        else:
-            reason, pairing = self.prove(
-                f,
-                self.build_attention,
-                partial(_call_layer, call),
-                call.hidden_states.shape[-1],
-                call.hidden_states.dtype,
-            )
-        if reason is not None:
-            self.record("rope", attention.module, f"attention is not fused as a block: {reason}")
+        holder = next((m for m in self.calls if attention.module in list(m.modules())), None)
+        try:
+            if holder is None:
+                reason = next(iter(self.why_parts), "its decoder layer was not recognised")
+                raise Unsupported(reason)
+            proof = self.prove(f, self.build_attention, holder)
+            if proof.reason is not None:
+                raise Unsupported(proof.reason)
+            (forward,) = self.build_attention(attention, proof.pairing)
+        except Unsupported as unsupported:
+            reason = f"attention is not fused as a block: {unsupported.reason}"
+            self.record("rope", attention.module, reason)
             return
-        (forward,) = self.build_attention(attention, pairing)
+        self.hold(forward, proof, self.calls[holder])
         self.bind([forward])
         for operation in forward.operations:
             self.fuse(forward, operation, attention.module, "part")
@@ -484,12 +613,16 @@ class _Applier:
             reason = "RoPE is fused only together with fused_lora_qkv and fused_lora_o"
         self.record("rope", projections.module, reason)
 
+    def build_mlp(self, mlp: GatedMlp, _: Pairing) -> list[FusedMlp]:
+        check_own_forwards(mlp.module)
+        return [FusedMlp(mlp, self.formats)]
+
     def mlp(self, f: _Found) -> None:
         mlp = f.description
         assert isinstance(mlp, GatedMlp)
         self.part(
             f,
-            lambda d, _: [FusedMlp(d, self.formats)],
+            self.build_mlp,
             lambda block, h: [block.forward(h)],
             "lora_mlp",
             in_out(mlp.gate_up[0])[0],
@@ -502,10 +635,10 @@ class _Applier:
         self.claimed |= {id(m) for m in module.modules()}
         if not self.asks("moe"):
             return
-        key = ("moe", signature(module))
+        key = "moe", self.sign(module)
         if key not in self.verified:
-            self.verified[key] = self.prove_experts(f, experts), Pairing.HALVES
-        reason = self.verified[key][0]
+            self.verified[key] = _Proof(self.prove_experts(f, experts))
+        reason = self.verified[key].reason
         if reason is not None:
             self.record("moe", module, reason)
             return
@@ -526,7 +659,7 @@ class _Applier:
         try:
             hidden = FusedExperts(experts).gate_up.in_features
             dtype = self.hidden_dtype(experts.module)
-            reason = verify(small_copy(experts), bind, call_experts, hidden, dtype)
+            reason = self.timed(small_copy(experts), bind, call_experts, hidden, dtype)
         except Unsupported as unsupported:
             return unsupported.reason
         ignored = None if reason is not None else ignored_adapters(experts)
@@ -534,12 +667,16 @@ class _Applier:
             self.result.notes.append(f"moe: {ignored}")
         return reason
 
+    def build_norm(self, norm: RmsNorm, _: Pairing) -> list[FusedRmsNorm]:
+        check_own_forwards(norm.module)
+        return [FusedRmsNorm(norm)]
+
     def norm(self, f: _Found) -> None:
         norm = f.description
         assert isinstance(norm, RmsNorm)
         self.part(
             f,
-            lambda d, _: [FusedRmsNorm(d)],
+            self.build_norm,
             lambda block, h: [block.forward(h)],
             "rms_norm",
             norm.weight.numel(),
@@ -557,10 +694,17 @@ class _Applier:
         if not self.asks(operation):
             return
         module = f.description.module
-        key = (operation, signature(module))
+        # q, k, v and o are tried one by one, without the module that holds them
+        alone = isinstance(f.description, Projections)
+        key = (
+            operation,
+            self.sign(module),
+            self.hidden_dtype(module),
+            () if alone else self.place(module, call, hidden_size),
+        )
         if key not in self.verified:
-            self.verified[key] = self.prove_part(f, build, call, hidden_size)
-        reason = self.verified[key][0]
+            self.verified[key] = _Proof(self.prove_part(f, build, call, hidden_size))
+        reason = self.verified[key].reason
         if reason is None:
             try:
                 forwards = build(f.description, Pairing.HALVES)
@@ -578,7 +722,7 @@ class _Applier:
         build: Callable[..., Sequence[FusedForward]],
         call: Callable[[nn.Module, Tensor], Sequence[Tensor]],
         hidden_size: int,
-    ) -> tuple[str | None, Pairing]:
+    ) -> str | None:
         def bind(replica: nn.Module, binding: Binding) -> None:
             for forward in build(f.recogniser(replica), Pairing.HALVES):
                 binding.bind(forward.module, forward)
@@ -587,9 +731,9 @@ class _Applier:
         try:
             build(f.description, Pairing.HALVES)
             dtype = self.hidden_dtype(module)
-            return verify(module, bind, call, hidden_size, dtype), Pairing.HALVES
+            return self.timed(module, bind, call, hidden_size, dtype)
         except Unsupported as unsupported:
-            return unsupported.reason, Pairing.HALVES
+            return unsupported.reason
 
     def backend_record(
         self, forward: FusedDecoderLayer | FusedAttention, module: nn.Module, level: str
@@ -669,7 +813,25 @@ def _call_layer(call: LayerCall, block: nn.Module, h: Tensor) -> list[Tensor]:
 
     output = block.forward(hidden_states=h, **{k: fit(v) for k, v in call.kwargs.items()})
     outputs = output if isinstance(output, tuple) else (output,)
-    return [o for o in outputs if isinstance(o, Tensor) and o.requires_grad][:1]
+    found = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad][:1]
+    if call.kept is None:
+        return found
+    return [o.masked_fill(~call.kept[..., None], 0.0) for o in found]
+
+
+@contextmanager
+def _random_states(model: nn.Module) -> Iterator[None]:
+    """torch's, Python's and numpy's generators as before afterwards: stock forwards may draw."""
+    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    numpy: Any = sys.modules.get("numpy")
+    ours, theirs = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(cuda):
+            yield
+    finally:
+        random.setstate(ours)
+        if numpy:
+            numpy.random.set_state(theirs)
 
 
 def apply(
@@ -704,7 +866,8 @@ def apply(
         graphs,
     )  # fmt: skip
     try:
-        return applier.run()
+        with _random_states(model):
+            return applier.run()
     except BaseException:
         applier.result.unfuse()
         raise

@@ -312,10 +312,10 @@ def rounds_rope_products(module: nn.Module, pairing: Pairing) -> bool:
     stay in fp32. Only the last bit of q and k hangs on it, not whether they are right.
     """
     own = getattr(sys.modules.get(type(module).__module__), "apply_rotary_pos_emb", None)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        q, k = torch.randn(2, 1, 2, 3, 16).bfloat16()
-        angles = torch.rand(1, 3, 8).repeat(1, 1, 2)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        q, k = torch.randn(2, 1, 2, 3, 16, generator=generator).bfloat16()
+        angles = torch.rand(1, 3, 8, generator=generator).repeat(1, 1, 2)
         if pairing is Pairing.NEIGHBOURS:
             angles = angles.view(1, 3, 2, 8).transpose(2, 3).reshape(1, 3, 16)
         cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
@@ -394,6 +394,7 @@ class FusedAttention(FusedForward):
             h = arguments.pop("hidden_states", None)
             positions = arguments.pop("position_embeddings", None)
             mask = arguments.pop("attention_mask", None)
+            self.check_proven(arguments)
             self.attention.check_call(h, positions)
             cache = take_cache(arguments, self.module.training)
             qkv, output = self.attention.prepare(h)
@@ -405,24 +406,40 @@ class FusedAttention(FusedForward):
 
 
 class SharedProjections:
-    """q, k and v of one input: computed together at the first call, handed out at the others."""
+    """q, k and v of one input: computed together at the first call, handed out at the others.
+
+    Handed out only where nothing has changed in between: the input's content, whether gradients are
+    recorded, autocast.
+    """
 
     def __init__(self, projections: Projections, formats: Sequence[WeightFormat]) -> None:
         self.readers = tuple(LinearReader(linear, formats) for linear in projections.qkv)
+        if len({id(reader.module) for reader in self.readers}) < len(self.readers):
+            raise Unsupported("one module stands for two of its projections")
         self.input: Tensor | None = None
+        self.when: tuple[Any, ...] = ()
         self.outputs: dict[int, Tensor] = {}
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """Projection `index` of `x`; raises Unsupported."""
-        if self.input is not x or index not in self.outputs:
+        when = _circumstances(x)
+        if self.input is not x or self.when != when or index not in self.outputs:
             self.outputs, self.input = {}, None
             states = [reader.projection(x) for reader in self.readers]
             self.outputs = dict(enumerate(lora_linear(x, states)))
-            self.input = x
+            self.input, self.when = x, when
         y = self.outputs.pop(index)
         if not self.outputs:
             self.input = None
         return y
+
+
+def _circumstances(x: Tensor) -> tuple[Any, ...]:
+    """Where these are equal, a product of `x` comes out the same, with the same gradient."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    version = 0 if x.is_inference() else x._version  # inference tensors count no versions
+    return version, torch.is_grad_enabled(), autocast
 
 
 class FusedProjection(FusedForward):

@@ -7,10 +7,28 @@ forward that belongs to the copy. `Binding.undo` puts back exactly what was ther
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from lorafuse.patches.signature import plain
+
+# What transformers passes to decoder layers and attention, and the fused forwards know.
+KNOWN_ARGUMENTS = frozenset(
+    (
+        "hidden_states",
+        "attention_mask",
+        "position_ids",
+        "position_embeddings",
+        "past_key_values",
+        "past_key_value",
+        "use_cache",
+        "cache_position",
+        "output_attentions",
+        "kwargs",
+    )
+)
 
 
 class Unsupported(Exception):
@@ -19,6 +37,16 @@ class Unsupported(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+def check_own_forwards(module: nn.Module) -> None:
+    """Raises Unsupported where an instance in `module` has a forward that is not its class's.
+
+    A fused block would compute what the class says, and so would the proof's copy.
+    """
+    for part in module.modules():
+        if "forward" in part.__dict__:
+            raise Unsupported(f"the forward of its {type(part).__name__} was replaced already")
 
 
 class FusedForward:
@@ -44,6 +72,8 @@ class FusedForward:
         self.__signature__ = inspect.signature(self.stock)
         first = next(iter(self.__signature__.parameters.values()), None)
         plain = first is not None and first.kind is first.POSITIONAL_OR_KEYWORD
+        self._proven: dict[str, Hashable] = {}
+        self._positions: Any = None
         self._first = first.name if first is not None and plain else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,6 +93,31 @@ class FusedForward:
         named = dict(self.__signature__.bind(*args, **kwargs).arguments)
         named.update(named.pop("kwargs", {}))
         return named
+
+    def prove_for(self, arguments: Mapping[str, Any], positions: Any = None) -> None:
+        """Holds the arguments that only this forward's class knows to the values it is proven for.
+
+        Args:
+            arguments: by name, as the stock forward got them in the proof.
+            positions: the `PositionLimit` of the proof, or None.
+        """
+        self._positions = positions
+        own = set(self.__signature__.parameters) - KNOWN_ARGUMENTS
+        self._proven = {name: self._value(name, arguments) for name in own}
+
+    def check_proven(self, arguments: Mapping[str, Any]) -> None:
+        """Raises Unsupported where a call brings another value than the proof's."""
+        if self._positions is not None:
+            self._positions.check(arguments.get("position_ids"))
+        for name, proven in self._proven.items():
+            if self._value(name, arguments) != proven:
+                raise Unsupported(f"it was called with another {name} than it is proven for")
+
+    def _value(self, name: str, arguments: Mapping[str, Any]) -> Hashable:
+        value = arguments.get(name, self.__signature__.parameters[name].default)
+        if isinstance(value, Tensor):
+            return Tensor  # its content is data
+        return None if value is False or value is inspect.Parameter.empty else plain(value)
 
     def linear_groups(self) -> list[Sequence[Any]]:
         """The `LinearReader`s of its linear layers, those of one input together."""

@@ -156,6 +156,7 @@ class FusedDecoderLayer(FusedForward):
             h = arguments.pop("hidden_states", None)
             positions = arguments.pop("position_embeddings", None)
             mask = arguments.pop("attention_mask", None)
+            self.check_proven(arguments)
             self.attention.check_call(h, positions)
             cache = take_cache(arguments, layer.module.training)
             for module in (layer.attention.module, layer.mlp.module):

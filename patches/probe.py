@@ -1,12 +1,14 @@
 """Finds out with which arguments a model calls its decoder layers.
 
-Every layer is replaced, for one forward of a few tokens, by a recorder that returns its input: no
-weight is used but the embedding's, nothing is kept, and the instances are as before afterwards.
+Every layer is replaced, for a few forwards of a few tokens, by a recorder that returns its input:
+no weight is used but the embedding's, nothing is kept, and the instances are as before afterwards.
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ class LayerCall:
 
     hidden_states: Tensor
     kwargs: dict[str, Any]
+    # [B, S]: the tokens that are not padding; None: all.
+    kept: Tensor | None = None
 
 
 class _Recorder(FusedForward):
@@ -42,10 +46,167 @@ class _Recorder(FusedForward):
         return h
 
 
-def record_layer_calls(
+Calls = dict[nn.Module, LayerCall]
+# Elements of a buffer that is copied while a model is probed: of RoPE's frequencies, not of tables.
+_SMALL = 1 << 20
+
+
+def record_other_calls(backbone: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Calls]:
+    """The calls of each of `layers` in forwards of other kinds, those that the model takes.
+
+    With padding behind the first row, and with two documents packed into each row. It is a model
+    that `record_layer_calls` has recorded.
+    """
+    positions = _positions(backbone)
+    mask = torch.ones_like(positions)
+    mask[0, TOKENS[1] - 5 :] = 0
+    kinds: dict[str, dict[str, Tensor]] = {
+        "with padding": {"attention_mask": mask},
+        "with packed documents": {"position_ids": positions % 7},
+    }
+    found = {}
+    for what, inputs in kinds.items():
+        try:
+            calls = record_layer_calls(backbone, layers, **inputs)
+        except Unsupported:  # a model that takes no such input
+            continue
+        if "attention_mask" in inputs:
+            calls = {m: replace(call, kept=mask.bool()) for m, call in calls.items()}
+        found[what] = calls
+    return found
+
+
+def last_position(backbone: nn.Module) -> int:
+    """The end of the positions that the model's config allows for; 0 where it says nothing."""
+    config: Any = getattr(backbone, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    last = getattr(config, "max_position_embeddings", None)
+    return last if isinstance(last, int) and last > 2 * TOKENS[1] else 0
+
+
+def record_far_calls(backbone: nn.Module, layers: Sequence[nn.Module], end: int) -> Calls:
+    """As `record_layer_calls`, with the last positions before `end`; {} where it takes none.
+
+    On a copy on the CPU, without the layers and with a small table of words: an index beyond a
+    table of positions is an exception there, and the end of the process on a GPU.
+    """
+    try:
+        replica, stand_ins = _without_weights(backbone, layers)
+        positions = _positions(replica) + end - TOKENS[1]
+        recorded = record_layer_calls(replica, stand_ins, position_ids=positions)
+    except Exception:  # any model may refuse to be copied, or to run alone
+        return {}
+    device = next(m.weight.device for m in backbone.modules() if isinstance(m, nn.Embedding))
+    return {
+        layer: _moved(recorded[stand_in], device)
+        for layer, stand_in in zip(layers, stand_ins, strict=True)
+        if stand_in in recorded
+    }
+
+
+class _Called:
+    """A forward of this signature; a recorder stands in its place before it is called."""
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        self.__signature__ = signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class _StandIn(nn.Module):
+    """Where a layer was: without parts of its own, what is asked of it is the layer's."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer
+        self.__dict__["forward"] = _Called(inspect.signature(layer.forward))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+
+def _without_weights(
     backbone: nn.Module, layers: Sequence[nn.Module]
-) -> dict[nn.Module, LayerCall]:
+) -> tuple[nn.Module, list[nn.Module]]:
+    """(a copy of `backbone` on the CPU, what stands in it for each of `layers`)."""
+    stand_ins: list[nn.Module] = [_StandIn(layer) for layer in layers]
+    memo: dict[int, Any] = {id(m): s for m, s in zip(layers, stand_ins, strict=True)}
+    inside = {id(m) for layer in layers for m in layer.modules()}
+    holders = {id(m) for m in backbone.modules() if any(id(c) in inside for c in m.modules())}
+    words = next(m for m in backbone.modules() if isinstance(m, nn.Embedding))
+    memo[id(words)] = nn.Embedding(128, words.embedding_dim, dtype=words.weight.dtype)
+    for module in backbone.modules():  # towers of vision, and the like
+        if id(module) not in holders | inside | set(memo):
+            large = sum(p.numel() for p in module.parameters()) > _SMALL
+            if large:
+                memo[id(module)] = nn.Identity()
+    return copy.deepcopy(backbone, memo).cpu(), stand_ins
+
+
+def _moved(call: LayerCall, device: torch.device) -> LayerCall:
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        return tuple(map(move, value)) if isinstance(value, tuple) else value
+
+    kwargs = {name: move(value) for name, value in call.kwargs.items()}
+    return LayerCall(call.hidden_states.to(device), kwargs)
+
+
+def _positions(backbone: nn.Module) -> Tensor:
+    device = next(m.weight.device for m in backbone.modules() if isinstance(m, nn.Embedding))
+    return torch.arange(TOKENS[1], device=device).expand(TOKENS[0], -1)
+
+
+@contextmanager
+def _as_before(backbone: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Puts back what a forward changes outside the layers, as RoPE's frequencies of long rows."""
+    inside = {id(m) for layer in layers for m in layer.modules()}
+    outside = [m for m in backbone.modules() if id(m) not in inside]
+    before = [
+        (
+            module,
+            {k: v for k, v in module.__dict__.items() if _is_value(v)},
+            dict(module._buffers),
+            {k: b.clone() for k, b in module._buffers.items() if b is not None and _is_small(b)},
+        )
+        for module in outside
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers, contents in before:
+            for name in [k for k, v in module.__dict__.items() if _is_value(v)]:
+                # transformers marks modules by private names
+                if name not in attributes and not name.startswith("_"):
+                    del module.__dict__[name]
+            module.__dict__.update(attributes)
+            for name in set(module._buffers) - set(buffers):
+                del module._buffers[name]
+            module._buffers.update(buffers)
+            for name, content in contents.items():
+                buffer = buffers[name]
+                if buffer is not None and not torch.equal(buffer, content):
+                    buffer.copy_(content)
+
+
+def _is_value(value: object) -> bool:
+    return value is None or isinstance(value, int | float | str | Tensor)
+
+
+def _is_small(buffer: Tensor) -> bool:
+    return not buffer.is_meta and buffer.numel() <= _SMALL
+
+
+def record_layer_calls(backbone: nn.Module, layers: Sequence[nn.Module], **inputs: Tensor) -> Calls:
     """The call of each of `layers` in one forward of `backbone` on a few random tokens.
+
+    Args:
+        backbone: the model without its head.
+        layers: modules of it that take hidden_states.
+        **inputs: what it gets beside input_ids.
 
     Raises:
         Unsupported: the model does not run on input_ids alone.
@@ -57,13 +218,17 @@ def record_layer_calls(
     if device.type == "meta":
         raise Unsupported("the model's weights are not here yet (meta device)")
     binding, recorders = Binding(), [_Recorder(layer) for layer in layers]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.no_grad(),
+        _as_before(backbone, layers),
+    ):
         torch.manual_seed(0)
         ids = torch.randint(0, min(100, embedding.num_embeddings), TOKENS, device=device)
         try:
             for recorder in recorders:
                 binding.bind(recorder.module, recorder)
-            backbone(input_ids=ids, use_cache=False)
+            backbone(input_ids=ids, use_cache=False, **inputs)
         except Unsupported:
             raise
         except (

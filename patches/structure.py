@@ -236,9 +236,10 @@ def _norm_variant(module: nn.Module, weight: nn.Parameter, eps: float) -> tuple[
     """
     stand_in = type(module).__new__(type(module))
     stand_in.__dict__.update(module.__dict__)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        w, x = torch.randn(weight.shape[0]), torch.randn(3, weight.shape[0])
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(4, weight.shape[0], generator=generator)
+        w, x = rows[0], rows[1:]
         stand_in._parameters = {"weight": nn.Parameter(w, requires_grad=False)}
         stand_in.__dict__.pop("forward", None)
         try:

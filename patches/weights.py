@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafuse.kernels.nf4 import Quantised4bit
@@ -69,11 +70,57 @@ class FloatWeight(WeightReader):
 
 
 def float_weight(layer: nn.Module) -> WeightReader | None:
-    """nn.Linear with an fp32, fp16 or bf16 weight."""
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+    """nn.Linear, or a subclass that computes the same, with an fp32, fp16 or bf16 weight."""
+    if not isinstance(layer, nn.Linear) or not _computes_as_linear(layer):
         return None
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     return FloatWeight(layer) if layer.weight.dtype in floats else None
+
+
+def _computes_as_linear(layer: nn.Linear) -> bool:
+    """Whether the layer's forward is x Wᵀ + b, told by its numbers on a small stand-in.
+
+    In training and in evaluation, near zero and far from it, in fp32 and bf16. A subclass with
+    tensors or modules of its own is not tried. Verification of the block has the last word.
+    """
+    own = type(layer).forward
+    if own is nn.Linear.forward:
+        return True
+    if set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules:
+        return False
+    stand_in = type(layer).__new__(type(layer))
+    stand_in.__dict__.update(layer.__dict__)
+    stand_in.__dict__.pop("forward", None)
+    stand_in.in_features, stand_in.out_features = 16, 8
+    generator = torch.Generator().manual_seed(0)
+    w, b = torch.randn(8, 16, generator=generator), torch.randn(8, generator=generator)
+    x = torch.randn(2, 3, 16, generator=generator)
+    for training, scale, dtype in (
+        (True, 1.0, torch.float32),
+        (False, 1.0, torch.float32),
+        (True, 1e-4, torch.float32),
+        (True, 1e4, torch.float32),
+        (True, 1.0, torch.bfloat16),
+    ):
+        weight, bias = w.to(dtype), None if layer.bias is None else b.to(dtype)
+        stand_in.training = training
+        stand_in._parameters = {
+            "weight": nn.Parameter(weight, requires_grad=False),
+            "bias": None if bias is None else nn.Parameter(bias, requires_grad=False),
+        }
+        low = (x * scale).to(dtype)
+        expected = F.linear(low, weight, bias)
+        try:
+            with torch.no_grad():
+                got = own(stand_in, low)
+        except Exception:  # somebody else's forward may raise anything; then it is another layer
+            return False
+        limit = 1e-5 if dtype == torch.float32 else 2e-2
+        if not isinstance(got, Tensor) or got.dtype != dtype or got.shape != expected.shape:
+            return False
+        if float((got - expected).float().norm()) > limit * float(expected.float().norm()):
+            return False
+    return True
 
 
 class Bitsandbytes4bitWeight(WeightReader):

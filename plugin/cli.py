@@ -294,12 +294,23 @@ def families(
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the table as Markdown.")
     ] = None,
+    readme: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the named families' rows into this README, of the FAMILIES.md beside it; "
+            "without --markdown nothing is tried anew.",
+        ),
+    ] = None,
 ) -> None:
     """Try every causal-LM family of transformers: a tiny model's step, stock against fused.
 
     Runs on the CPU, and downloads nothing. Exit code 1: a family trains wrong or crashes when it is
     fused.
     """
+    if readme is not None and markdown is None:
+        _write_readme(readme, readme.parent / "FAMILIES.md")
+        return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from lorafuse.plugin.errors import FuseConfigError
     from lorafuse.plugin.families import model_types, sweep
@@ -333,8 +344,26 @@ def families(
     if markdown is not None:
         markdown.write_text(write_markdown(found), encoding="utf-8")
         console.print(f"written: {markdown}")
+        if readme is not None:
+            _write_readme(readme, markdown)
     if found.bad:
         raise typer.Exit(1)
+
+
+def _write_readme(readme: Path, page: Path) -> None:
+    """The named families' rows of `page`, between the README's marks."""
+    from lorafuse.plugin.errors import FuseConfigError
+    from lorafuse.plugin.family_readme import inserted
+
+    try:
+        for path in (readme, page):
+            if not path.is_file():
+                raise FuseConfigError(f"--readme: there is no file {path}")
+        text = inserted(readme.read_text("utf-8"), page.read_text("utf-8"))
+    except FuseConfigError as error:
+        _fail(error)
+    readme.write_text(text, encoding="utf-8")
+    _console().print(f"written: {readme}")
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def fuse_with(
         _say_no_experts(model, fused)
     report = FuseReport(
         config, fused.records, fused.unfuse, fused.notes, fused.fp8_noise, fused.checkpointing,
-        fused.masks,
+        fused.masks, fused.proofs, fused.proving_s,
     )  # fmt: skip
     try:
         report.check_fused()

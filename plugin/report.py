@@ -102,6 +102,8 @@ class FuseReport:
         fp8_noise: Signal to noise of FP8 products, a dataclass, where FP8 is on.
         checkpointing: The engine's `Checkpointing`, where decoder layers are fused whole.
         masks: What became of attention masks so far, and in how many calls.
+        proofs: How many distinct blocks were compared with stock.
+        proving_s: The time that finding and proving blocks took.
     """
 
     def __init__(
@@ -113,12 +115,16 @@ class FuseReport:
         fp8_noise: Any = None,
         checkpointing: Any = None,
         masks: Callable[[], Mapping[str, int]] = dict,
+        proofs: int = 0,
+        proving_s: float = 0.0,
     ) -> None:
         self.config = config
         self.notes = list(notes)
         self.fp8_noise = fp8_noise
         self.checkpointing = checkpointing
         self.masks = masks
+        self.proofs = proofs
+        self.proving_s = proving_s
         self.steps = 0
         self._records = records
         self._unfuse = unfuse
@@ -162,6 +168,7 @@ class FuseReport:
             "operations": {name: asdict(one) for name, one in self.operations().items()},
             "notes": self.notes,
             "attention_masks": dict(self.masks()),
+            "verification": {"blocks": self.proofs, "seconds": round(self.proving_s, 3)},
             "fp8_noise": None if self.fp8_noise is None else asdict(self.fp8_noise),
         }
 
@@ -214,6 +221,11 @@ class FuseReport:
             console.print(self.table())
         ways = [f"{way}: {calls} calls" for way, calls in self.masks().items()]
         notes = [*self.notes, *([f"attention masks: {', '.join(ways)}"] if ways else [])]
+        if self.proofs:
+            notes.append(
+                f"verification: {self.proofs} distinct blocks compared with stock in "
+                f"{self.proving_s:.1f} s"
+            )
         return capture.get() + "".join(f"note: {note}\n" for note in notes)
 
     def check_fused(self) -> None:

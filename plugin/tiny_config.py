@@ -86,6 +86,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16},
     "gemma3n_text": {"intermediate_size": [128] * 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granite": {  # as released: at the class's defaults it would be a Llama
+        "residual_multiplier": 0.22, "attention_multiplier": 0.0625, "logits_scaling": 8.0,
+        "embedding_multiplier": 12.0,
+    },
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},

@@ -71,7 +71,8 @@ def quantise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None
     """Replaces the decoder layers' linears by bitsandbytes' NF4, as loading in 4 bit does."""
     bnb = pytest.importorskip("bitsandbytes")
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and "layers" in name:
+        in_layer = any(part in name for part in ("layers.", ".h."))
+        if isinstance(module, nn.Linear) and in_layer and not name.endswith("router"):
             layer = bnb.nn.Linear4bit(
                 module.in_features,
                 module.out_features,
