@@ -6,7 +6,7 @@ recorded per operation and module.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ from lorafuse.patches.fp8 import Fp8Noise, Fp8Record, Group, measure_noise, swit
 from lorafuse.patches.loss import FusedCausalLoss, recognise_causal_head, verify_causal_loss
 from lorafuse.patches.mlp import FusedMlp
 from lorafuse.patches.norms import FusedRmsNorm
-from lorafuse.patches.probe import LayerCall, record_layer_calls
+from lorafuse.patches.probe import LayerCall, record_layer_calls, record_vision_calls
 from lorafuse.patches.structure import (
     BUILTIN_STRUCTURES,
     NO_ATTENTION,
@@ -61,6 +61,8 @@ __all__ = [
 
 OPERATIONS = ("lora_mlp", "lora_qkv", "lora_o", "rms_norm", "rope", "attention", "cross_entropy")
 _NOT_WHOLE = "no decoder layer is fused whole here; the trainer's own checkpointing holds"
+_SEES = "it is not of the text tower; the trainer's own checkpointing holds"
+_NOT_CALLED = "no forward on text alone calls it, nor one of its vision tower on pixel_values alone"
 _NO_ADAPTERS = "the model has no LoRA adapters"
 _NOTHING = {
     "lora_mlp": NO_GATED_MLP,
@@ -159,6 +161,9 @@ class _Applier:
         self.verified: dict[Hashable, tuple[str | None, Pairing]] = {}
         self.calls: dict[nn.Module, LayerCall] = {}
         self.why_parts: dict[str, str] = {}
+        # Layers of vision towers, and why a tower could not be tried.
+        self.seeing: set[nn.Module] = set()
+        self.why_unseen: dict[nn.Module, str] = {}
 
     def asks(self, *operations: str) -> bool:
         return all(self.enabled.get(operation, False) for operation in operations)
@@ -245,9 +250,37 @@ class _Applier:
                 continue
             try:
                 self.calls = record_layer_calls(backbone, list(modules))
-                return
+                break
             except Unsupported as unsupported:
                 self.why_parts.setdefault(unsupported.reason, first)
+        self.probe_vision(dict.fromkeys([*known, *others.values()]))
+
+    def probe_vision(self, layers: Iterable[nn.Module]) -> None:
+        """The same of those layers that a forward on text did not call, with an image."""
+        towers: dict[nn.Module, list[nn.Module]] = {}
+        for layer in layers:
+            tower = None if layer in self.calls else self.tower(layer)
+            if tower is not None:
+                towers.setdefault(tower, []).append(layer)
+        for tower, its_layers in towers.items():
+            try:
+                found = record_vision_calls(tower, its_layers)
+            except Unsupported as unsupported:
+                self.why_unseen |= dict.fromkeys(its_layers, unsupported.reason)
+            else:
+                self.calls |= found
+                self.seeing |= set(found)
+
+    def tower(self, layer: nn.Module) -> nn.Module | None:
+        """The innermost model around a layer, if that is one that looks at images."""
+        name = self.names[id(layer)]
+        while name:
+            name = name.rpartition(".")[0]
+            around = self.model.get_submodule(name)
+            if hasattr(type(around), "base_model_prefix"):
+                looks = type(around).main_input_name == "pixel_values"  # type: ignore[attr-defined]
+                return around if looks and around is not self.core() else None
+        return None
 
     # One level at a time: propose, prove, bind.
 
@@ -255,12 +288,13 @@ class _Applier:
         self,
         f: _Found,
         build: Callable[..., Sequence[FusedForward]],
-        call: Callable[[nn.Module, Tensor], Sequence[Tensor]],
-        hidden_size: int,
-        dtype: torch.dtype,
+        call: LayerCall,
     ) -> tuple[str | None, Pairing]:
         """(reason or None, RoPE's pairing) for the block, computed once per distinct block."""
-        module = f.description.module
+        module, h = f.description.module, call.hidden_states
+        if h.dim() != 3:
+            return f"its hidden states are {list(h.shape)}, not a batch of rows", Pairing.HALVES
+        shape, hidden_size, dtype = (h.shape[0], h.shape[1]), h.shape[2], h.dtype
         key = (signature(module), type(f.description), dtype)
         if key not in self.verified:
             reasons: list[str | None] = []
@@ -273,7 +307,8 @@ class _Applier:
 
                 try:
                     build(f.description, pairing)  # what it cannot read needs no proof
-                    reasons.append(verify(module, bind, call, hidden_size, dtype))
+                    run = partial(_call_layer, call)
+                    reasons.append(verify(module, bind, run, hidden_size, dtype, shape))
                 except Unsupported as unsupported:
                     reasons.append(unsupported.reason)
                 if reasons[-1] is None:
@@ -293,7 +328,10 @@ class _Applier:
         for f in layers:
             module = f.description.module
             forward = module.__dict__.get("forward")
-            if isinstance(forward, FusedDecoderLayer):
+            if module in self.seeing:
+                if chosen.mode != AUTO:
+                    self.result.records.append(CheckpointingRecord(f.name, reason=_SEES))
+            elif isinstance(forward, FusedDecoderLayer):
                 forward.checkpointing = chosen.add(
                     module, forward.sizes(), forward.attention.repeats
                 )
@@ -359,13 +397,7 @@ class _Applier:
         call = self.calls.get(layer.module)
         if call is None:
             return
-        reason, pairing = self.prove(
-            f,
-            self.build_layer,
-            partial(_call_layer, call),
-            call.hidden_states.shape[-1],
-            call.hidden_states.dtype,
-        )
+        reason, pairing = self.prove(f, self.build_layer, call)
         if reason is not None:
             self.why_parts.setdefault(reason, f.name)
             return
@@ -399,15 +431,10 @@ class _Applier:
             (c for m, c in self.calls.items() if attention.module in list(m.modules())), None
         )
         if call is None:
-            reason: str | None = next(iter(self.why_parts), "its decoder layer was not recognised")
+            unseen = (r for m, r in self.why_unseen.items() if attention.module in set(m.modules()))
+            reason: str | None = next(unseen, next(iter(self.why_parts), _NOT_CALLED))
         else:
-            reason, pairing = self.prove(
-                f,
-                self.build_attention,
-                partial(_call_layer, call),
-                call.hidden_states.shape[-1],
-                call.hidden_states.dtype,
-            )
+            reason, pairing = self.prove(f, self.build_attention, call)
         if reason is not None:
             self.record("rope", attention.module, f"attention is not fused as a block: {reason}")
             return

@@ -1,11 +1,12 @@
 """Finds out with which arguments a model calls its decoder layers.
 
-Every layer is replaced, for one forward of a few tokens, by a recorder that returns its input: no
-weight is used but the embedding's, nothing is kept, and the instances are as before afterwards.
+Every layer is replaced, for one forward of a few tokens (of a vision tower: a small image), by a
+recorder that returns its input: no weight is used but the embedding's, nothing is kept, and the
+instances are as before afterwards.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ TOKENS = (
     2,
     12,
 )  # batch and sequence: small, but longer than a head's or a window's edge case of one
+# A side of the image that a vision tower is tried with.
+PATCHES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +41,24 @@ class _Recorder(FusedForward):
         h = arguments.pop("hidden_states", None)
         if not isinstance(h, Tensor):
             raise Unsupported("its decoder layer takes no hidden_states")
-        self.call = LayerCall(h.detach().clone(), arguments)
+        self.call = LayerCall(h.detach().clone(), _axes_apart(arguments))
         return h
+
+
+def _axes_apart(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Position embeddings [axes, B, S, R] of text turned by other positions on each axis.
+
+    Text has the same position on all of them: a mix-up of time, height and width would not show.
+    """
+    positions = arguments.get("position_embeddings")
+    if not isinstance(positions, tuple) or not all(
+        isinstance(x, Tensor) and x.dim() == 4 for x in positions
+    ):
+        return arguments
+    apart = tuple(
+        torch.stack([axis.roll(i, dims=-2) for i, axis in enumerate(x)]) for x in positions
+    )
+    return {**arguments, "position_embeddings": apart}
 
 
 def record_layer_calls(
@@ -56,21 +75,62 @@ def record_layer_calls(
     device = embedding.weight.device
     if device.type == "meta":
         raise Unsupported("the model's weights are not here yet (meta device)")
+
+    def run() -> None:
+        assert embedding is not None
+        ids = torch.randint(0, min(100, embedding.num_embeddings), TOKENS, device=device)
+        backbone(input_ids=ids, use_cache=False)
+
+    return _record(layers, run, device, "input_ids")
+
+
+def record_vision_calls(
+    tower: nn.Module, layers: Sequence[nn.Module]
+) -> dict[nn.Module, LayerCall]:
+    """The call of each of `layers` in one forward of a vision tower on a random image.
+
+    Args:
+        tower: reads pixel_values [N, C, height, width]; its config tells the sizes.
+        layers: of the tower.
+
+    Raises:
+        Unsupported: the tower does not run on pixel_values alone.
+    """
+    config: Any = tower.config
+    patch, side = getattr(config, "patch_size", None), getattr(config, "image_size", None)
+    weight = next(p for p in tower.parameters() if p.is_floating_point())
+    if not isinstance(patch, int) or not isinstance(side, int) or weight.device.type == "meta":
+        raise Unsupported("its config does not tell how large an image is")
+    channels = getattr(config, "num_channels", 3)
+
+    def run() -> None:
+        # A few patches; a tower that has a table of positions wants the whole image.
+        few = PATCHES * patch
+        try:
+            tower(pixel_values=torch.randn(1, channels, few, few).to(weight))
+        except ValueError:
+            tower(pixel_values=torch.randn(1, channels, side, side).to(weight))
+
+    return _record(layers, run, weight.device, "pixel_values")
+
+
+def _record(
+    layers: Sequence[nn.Module], run: Callable[[], None], device: torch.device, what: str
+) -> dict[nn.Module, LayerCall]:
     binding, recorders = Binding(), [_Recorder(layer) for layer in layers]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
-        ids = torch.randint(0, min(100, embedding.num_embeddings), TOKENS, device=device)
         try:
             for recorder in recorders:
                 binding.bind(recorder.module, recorder)
-            backbone(input_ids=ids, use_cache=False)
+            run()
         except Unsupported:
             raise
         except (
             Exception
         ) as error:  # any model's forward may raise anything; the stock path is unharmed
             raise Unsupported(
-                f"the model does not run on input_ids alone ({type(error).__name__}: {error})"
+                f"the model does not run on {what} alone ({type(error).__name__}: {error})"
             ) from error
         finally:
             binding.undo()
