@@ -21,6 +21,8 @@ TOKENS = (
 )  # batch and sequence: small, but longer than a head's or a window's edge case of one
 # A side of the image that a vision tower is tried with.
 PATCHES = 4
+# What a layer is tried with at most: stock attention may hold the square of it for each head.
+MOST_PATCHES = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +103,8 @@ def record_vision_calls(
     weight = next(p for p in tower.parameters() if p.is_floating_point())
     if not isinstance(patch, int) or not isinstance(side, int) or weight.device.type == "meta":
         raise Unsupported("its config does not tell how large an image is")
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in tower.modules()):
+        raise Unsupported("its vision tower keeps statistics of what it sees (batch norm)")
     channels = getattr(config, "num_channels", 3)
 
     def run() -> None:
@@ -108,10 +112,14 @@ def record_vision_calls(
         few = PATCHES * patch
         try:
             tower(pixel_values=torch.randn(1, channels, few, few).to(weight))
-        except ValueError:
+        except (RuntimeError, ValueError):
             tower(pixel_values=torch.randn(1, channels, side, side).to(weight))
 
-    return _record(layers, run, weight.device, "pixel_values")
+    calls = _record(layers, run, weight.device, "pixel_values")
+    tokens = max((call.hidden_states.shape[:-1].numel() for call in calls.values()), default=0)
+    if tokens > MOST_PATCHES:
+        raise Unsupported(f"its smallest image has {tokens} patches: too many to be tried")
+    return calls
 
 
 def _record(

@@ -107,6 +107,16 @@ def test_a_vision_tower_of_norms_and_gated_mlps_is_fused_whole() -> None:
     assert not whole(model, vision=True)
 
 
+def test_a_vision_tower_that_a_trial_would_change_is_left_alone() -> None:
+    model = make("mistral3")
+    tower = model.get_base_model().model.vision_tower
+    tower.statistics = nn.BatchNorm2d(3)
+    report = fuse(model)
+    assert not whole(model, vision=True) and len(whole(model, vision=False)) == 4
+    assert any("batch norm" in str(r) for r in report.operations()["rope"].fallbacks)
+    assert tower.statistics.num_batches_tracked == 0
+
+
 def test_positions_of_an_image_differ_by_axis_and_a_mix_up_of_axes_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
