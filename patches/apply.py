@@ -9,7 +9,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +47,7 @@ from lorafuse.patches.probe import (
     record_far_calls,
     record_layer_calls,
     record_other_calls,
+    record_vision_calls,
 )
 from lorafuse.patches.signature import layer_indexes, plain, signature
 from lorafuse.patches.structure import (
@@ -91,6 +92,8 @@ OPERATIONS = (
 _NOT_WHOLE = "no decoder layer is fused whole here; the trainer's own checkpointing holds"
 # A block that is not as it seems from fewer positions on is not fused.
 _LEAST_LIMIT = 64
+_SEES = "it is not of the text tower; the trainer's own checkpointing holds"
+_NOT_CALLED = "no forward on text alone calls it, nor one of its vision tower on pixel_values alone"
 _NO_ADAPTERS = "the model has no LoRA adapters"
 _NOTHING = {
     "lora_mlp": NO_GATED_MLP,
@@ -245,6 +248,9 @@ class _Applier:
         self.indexes: dict[Hashable, set[int]] = {}
         self.by_index: dict[Hashable, bool] = {}
         self.why_parts: dict[str, str] = {}
+        # Layers of vision towers, and why a tower could not be tried.
+        self.seeing: set[nn.Module] = set()
+        self.why_unseen: dict[nn.Module, str] = {}
 
     def asks(self, *operations: str) -> bool:
         return all(self.enabled.get(operation, False) for operation in operations)
@@ -345,9 +351,37 @@ class _Applier:
                 self.calls = record_layer_calls(backbone, list(modules))
                 self.other_calls = record_other_calls(backbone, list(modules))
                 self.far = _FarCalls(backbone, list(modules))
-                return
+                break
             except Unsupported as unsupported:
                 self.why_parts.setdefault(unsupported.reason, first)
+        self.probe_vision(dict.fromkeys([*known, *others.values()]))
+
+    def probe_vision(self, layers: Iterable[nn.Module]) -> None:
+        """The same of those layers that a forward on text did not call, with an image."""
+        towers: dict[nn.Module, list[nn.Module]] = {}
+        for layer in layers:
+            tower = None if layer in self.calls else self.tower(layer)
+            if tower is not None:
+                towers.setdefault(tower, []).append(layer)
+        for tower, its_layers in towers.items():
+            try:
+                found = record_vision_calls(tower, its_layers)
+            except Unsupported as unsupported:
+                self.why_unseen |= dict.fromkeys(its_layers, unsupported.reason)
+            else:
+                self.calls |= found
+                self.seeing |= set(found)
+
+    def tower(self, layer: nn.Module) -> nn.Module | None:
+        """The innermost model around a layer, if that is one that looks at images."""
+        name = self.names[id(layer)]
+        while name:
+            name = name.rpartition(".")[0]
+            around = self.model.get_submodule(name)
+            if hasattr(type(around), "base_model_prefix"):
+                looks = type(around).main_input_name == "pixel_values"  # type: ignore[attr-defined]
+                return around if looks and around is not self.core() else None
+        return None
 
     # One level at a time: propose, prove, bind.
 
@@ -386,6 +420,9 @@ class _Applier:
             holder: the module whose recorded calls it is tried with: itself, or what it stands in.
         """
         module, recorded = f.description.module, self.calls[holder]
+        if recorded.hidden_states.dim() != 3:
+            shape = list(recorded.hidden_states.shape)
+            return _Proof(f"its hidden states are {shape}, not a batch of rows")
         call = partial(_call_layer, recorded)
         (*shape, hidden_size), dtype = recorded.hidden_states.shape, recorded.hidden_states.dtype
         place = self.place(module, call, hidden_size, shape)
@@ -454,7 +491,10 @@ class _Applier:
         for f in layers:
             module = f.description.module
             forward = module.__dict__.get("forward")
-            if isinstance(forward, FusedDecoderLayer):
+            if module in self.seeing:
+                if chosen.mode != AUTO:
+                    self.result.records.append(CheckpointingRecord(f.name, reason=_SEES))
+            elif isinstance(forward, FusedDecoderLayer):
                 forward.checkpointing = chosen.add(
                     module, forward.sizes(), forward.attention.repeats
                 )
@@ -474,7 +514,8 @@ class _Applier:
         self.result.notes += self.idle_memory_flags()
 
     def record_graphs(self, layers: Sequence[_Found]) -> None:
-        """Has the layers replayed as CUDA graphs: all of them, or none."""
+        """Has the text tower's layers replayed as CUDA graphs: all of them, or none."""
+        layers = [f for f in layers if f.description.module not in self.seeing]
         forwards = [f.description.module.__dict__.get("forward") for f in layers]
         whole = [one for one in forwards if isinstance(one, FusedDecoderLayer)]
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
@@ -573,8 +614,8 @@ class _Applier:
         holder = next((m for m in self.calls if attention.module in list(m.modules())), None)
         try:
             if holder is None:
-                reason = next(iter(self.why_parts), "its decoder layer was not recognised")
-                raise Unsupported(reason)
+                around = (r for m, r in self.why_unseen.items() if attention.module in m.modules())
+                raise Unsupported(next(around, next(iter(self.why_parts), _NOT_CALLED)))
             proof = self.prove(f, self.build_attention, holder)
             if proof.reason is not None:
                 raise Unsupported(proof.reason)
@@ -662,10 +703,7 @@ class _Applier:
             reason = self.timed(small_copy(experts), bind, call_experts, hidden, dtype)
         except Unsupported as unsupported:
             return unsupported.reason
-        ignored = None if reason is not None else ignored_adapters(experts)
-        if ignored is not None:
-            self.result.notes.append(f"moe: {ignored}")
-        return reason
+        return ignored_adapters(experts) if reason is None else reason
 
     def build_norm(self, norm: RmsNorm, _: Pairing) -> list[FusedRmsNorm]:
         check_own_forwards(norm.module)

@@ -9,9 +9,10 @@ theirs.
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ _BACKENDS = [
     SDPBackend.MATH,
 ]
 
+# Tensors that the fused form reads, or leaves to the attention function.
+_READ = ("hidden_states", "attention_mask", "position_bias")
+_CACHES = ("past_key_values", "past_key_value")
 
 # What a batch's mask became.
 CAUSAL = "plain causal attention, its mask saying no more"
@@ -78,6 +82,24 @@ class Pairing(StrEnum):
         return F.pad(cos, (0, size - rotated), value=1.0), F.pad(sin, (0, size - rotated))
 
 
+def rope_axes(module: Any) -> tuple[int, ...]:
+    """How many features of half a head turn by each axis of the positions; () without axes.
+
+    M-RoPE's time, height and width: a token of text has the same position on each.
+    """
+    for holder in (module, getattr(module, "config", None)):
+        rope = getattr(holder, "rope_parameters", None)
+        if isinstance(rope, dict) and "mrope_section" in rope:
+            return tuple(rope["mrope_section"])
+    return ()
+
+
+def merge_axes(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """[B, S, R] of cos or sin [axes, B, S, R]: section i of each half comes from axis i."""
+    sections = torch.split(x, [*axes, *axes], dim=-1)
+    return torch.cat([one[i % len(axes)] for i, one in enumerate(sections)], dim=-1)
+
+
 class AttentionReader:
     """Attention as described, computed by the kernels around the model's own attention function.
 
@@ -104,10 +126,12 @@ class AttentionReader:
         self.o = LinearReader(attention.o, formats)
         self.heads = Heads(attention.query_heads, attention.key_value_heads, attention.head_size)
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.pairing = pairing
+        self.pairing, self.axes = pairing, rope_axes(self.module)
         self.round_products = rounds_rope_products(self.module, pairing)
         self.backend = backend
         self.extras = _extra_arguments(self.module)
+        # Names of further tensors that calls brought -> whether the stock forward ignores them.
+        self.ignored: dict[str, bool] = {}
         # What became of the masks of so many calls: CAUSAL, DOCUMENTS or MASK.
         self.ways: Counter[str] = Counter()
         attention_function(self.module)  # raises where there is none
@@ -134,6 +158,25 @@ class AttentionReader:
             not isinstance(position_embeddings, tuple) or len(position_embeddings) != 2
         ):
             raise Unsupported("it was called without position embeddings (cos, sin)")
+        if position_embeddings is not None and self.pairing is not Pairing.NONE:
+            cos, axes = position_embeddings[0], self.axes
+            if cos.dim() == 4 and (len(axes), 2 * sum(axes)) != (cos.shape[0], cos.shape[-1]):
+                raise Unsupported("its positions have several axes, not those of mrope_section")
+            if cos.dim() not in (2, 3, 4):
+                raise Unsupported(f"its position embeddings are of shape {list(cos.shape)}")
+
+    def check_others(self, arguments: Mapping[str, Any], stock: Callable[..., Any]) -> None:
+        """Raises Unsupported where a call brings a tensor that the stock forward reads and we not.
+
+        Keys and values of another sequence, say: then this attention is a cross-attention.
+        """
+        for name, value in arguments.items():
+            if name in _READ or not isinstance(value, Tensor) or not value.is_floating_point():
+                continue
+            if name not in self.ignored:
+                self.ignored[name] = ignores(stock, arguments, name)
+            if not self.ignored[name]:
+                raise Unsupported(f"it was called with {name}, which the fused form does not read")
 
     def prepare(self, x: Tensor) -> tuple[list[LoraProjection], LoraProjection]:
         """(q, k and v, o) as kernel projections; raises Unsupported."""
@@ -156,7 +199,12 @@ class AttentionReader:
         """q [B, S, Hq, D], k, v [B, S, Hk, D], and h for `residual`; notes what is saved of it."""
         plain, rotary = not self.norms_heads, None
         if position_embeddings is not None and self.pairing is not Pairing.NONE:
-            cos, sin = self.pairing.lay_out(*position_embeddings, self.heads.size)
+            cos, sin = position_embeddings
+            if cos.dim() == 4:
+                cos, sin = merge_axes(cos, self.axes), merge_axes(sin, self.axes)
+            elif cos.dim() == 2:  # [S, R], as Pixtral has them
+                cos, sin = cos[None], sin[None]
+            cos, sin = self.pairing.lay_out(cos, sin, self.heads.size)
             rotary = Rotary(cos, sin, self.pairing.interleaved, self.round_products)
         q, k, v, *around = lora_qkv(
             h, projections, self.heads, norm, rotary if plain else None, residual
@@ -311,7 +359,11 @@ def rounds_rope_products(module: nn.Module, pairing: Pairing) -> bool:
     It is told by that function's bits on random bf16 heads; where there is none to ask, products
     stay in fp32. Only the last bit of q and k hangs on it, not whether they are right.
     """
-    own = getattr(sys.modules.get(type(module).__module__), "apply_rotary_pos_emb", None)
+    file, axes = sys.modules.get(type(module).__module__), rope_axes(module)
+    own = getattr(file, "apply_rotary_pos_emb", None)
+    if axes:
+        of_axes = getattr(file, "apply_multimodal_rotary_pos_emb", None)
+        own = own if of_axes is None else partial(_on_one_axis, of_axes)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         q, k = torch.randn(2, 1, 2, 3, 16, generator=generator).bfloat16()
@@ -334,6 +386,14 @@ def rounds_rope_products(module: nn.Module, pairing: Pairing) -> bool:
         return bool(distances[1].sum() < distances[0].sum())
 
 
+def _on_one_axis(
+    own: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A function for positions of several axes, called with the same position on each."""
+    half = cos.shape[-1] // 2
+    return own(q, k, cos.expand(3, *cos.shape), sin.expand(3, *sin.shape), [half - 2, 1, 1])
+
+
 def _extra_arguments(module: Any) -> dict[str, Any]:
     """What transformers' attention modules pass to the attention function besides q, k and v."""
     extras: dict[str, Any] = {}
@@ -352,6 +412,20 @@ def _dropout(module: Any) -> float:
     return float(rate.p if isinstance(rate, torch.nn.Dropout) else rate)
 
 
+def ignores(stock: Callable[..., Any], arguments: Mapping[str, Any], name: str) -> bool:
+    """Whether a module's stock forward, called so, gives the same bits whatever `name` holds."""
+    value: Tensor = arguments[name]
+    arguments = dict(arguments) | {one: None for one in _CACHES if one in arguments}
+    outputs = []
+    with torch.random.fork_rng([value.device] if value.is_cuda else []), torch.no_grad():
+        torch.manual_seed(0)
+        for given in (value, torch.randn_like(value)):
+            torch.manual_seed(1)
+            output = stock(**{**arguments, name: given})
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+    return all(isinstance(o, Tensor) for o in outputs) and torch.equal(*outputs)
+
+
 def take_cache(arguments: dict[str, Any], training: bool) -> Any:
     """Takes the KV cache out of a call's arguments.
 
@@ -362,7 +436,7 @@ def take_cache(arguments: dict[str, Any], training: bool) -> Any:
     """
     if arguments.get("output_attentions"):
         raise Unsupported("attention weights were asked for")
-    caches = [arguments.pop(name, None) for name in ("past_key_values", "past_key_value")]
+    caches = [arguments.pop(name, None) for name in _CACHES]
     cache = next((c for c in caches if c is not None), None)
     if cache is not None and not training:
         raise Unsupported("it was called with a KV cache (generation)")
@@ -391,6 +465,7 @@ class FusedAttention(FusedForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             arguments = self.arguments(args, kwargs)
+            self.attention.check_others(arguments, self.stock)
             h = arguments.pop("hidden_states", None)
             positions = arguments.pop("position_embeddings", None)
             mask = arguments.pop("attention_mask", None)

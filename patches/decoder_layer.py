@@ -153,6 +153,7 @@ class FusedDecoderLayer(FusedForward):
         layer = self.layer
         try:
             arguments = self.arguments(args, kwargs)
+            self.attention.check_others(arguments, self.stock)
             h = arguments.pop("hidden_states", None)
             positions = arguments.pop("position_embeddings", None)
             mask = arguments.pop("attention_mask", None)

@@ -246,8 +246,8 @@ def recognise_causal_head(model: nn.Module) -> CausalHead | str:
             break
     else:
         return f"{type(model).__name__} has no output embeddings (get_output_embeddings)"
-    backbone = getattr(module, getattr(module, "base_model_prefix", "") or " ", None)
-    if not isinstance(backbone, nn.Module) or head not in set(module.modules()):
+    backbone = _backbone(module, head)
+    if backbone is None or head not in set(module.modules()):
         return f"{type(module).__name__} is not a backbone with a head on top"
     if isinstance(module.forward, FusedForward):
         return "it is fused already"
@@ -262,6 +262,23 @@ def recognise_causal_head(model: nn.Module) -> CausalHead | str:
         return unsupported.reason
     except Exception as error:  # any model's forward may raise anything on inputs it never sees
         return f"its forward could not be tried ({type(error).__name__}: {error})"
+
+
+def _backbone(module: nn.Module, head: nn.Module) -> nn.Module | None:
+    """What gives the hidden states: the causal LM's own, or that of the one within it.
+
+    An image-text class may hold a whole causal LM, whose logits it takes for the loss.
+    """
+    for holder in module.modules():
+        if not hasattr(type(holder), "base_model_prefix"):
+            continue
+        if holder.get_output_embeddings() is not head:  # type: ignore[operator]
+            continue
+        for name in (getattr(holder, "base_model_prefix", ""), "model"):
+            found = getattr(holder, name or " ", None)
+            if isinstance(found, nn.Module) and head not in set(found.modules()):
+                return found
+    return None
 
 
 @dataclass

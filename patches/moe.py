@@ -299,29 +299,23 @@ def ignored_adapters(experts: Experts) -> str | None:
     """What PEFT leaves out of stock's forward here, or None.
 
     On parametrized (4-bit) experts the outer of two wrappers makes torch cache the inner one's
-    weight before its adapter is registered (PEFT 0.20; Axolotl repairs it). Fused, both count.
+    weight before its adapter is registered (PEFT 0.20; Axolotl repairs it).
     """
     if len(_chain(experts.module)) < 3 or not hasattr(experts.base, "parametrizations"):
         return None
-    device = [p.device for p in experts.module.parameters() if p.is_cuda][:1]
-    with torch.random.fork_rng(device), torch.enable_grad():
-        torch.manual_seed(0)
-        return _ignored(experts)
-
-
-def _ignored(experts: Experts) -> str | None:
-    copied = small_copy(experts)
-    lora = [p for n, p in copied.named_parameters() if "lora_" in n and p.requires_grad]
-    for parameter in lora:
-        parameter.data = torch.randn_like(parameter) * 0.1
+    # Asked of the module itself: torch caches a copy's weights under the original's name.
+    lora = [p for n, p in experts.module.named_parameters() if "lora_" in n and p.requires_grad]
     hidden = weight_shapes(experts.base)[experts.gate_up][2]
     state = experts.base.parametrizations[experts.gate_up][0].quant_state  # type: ignore[index,union-attr]
-    x = torch.randn(1, 4, hidden, device=lora[0].device, dtype=state.dtype)
-    (y,) = call_experts(copied, x)
-    gradients = torch.autograd.grad(y.float().sum(), lora, allow_unused=True)
+    device = lora[0].device if lora else torch.device("cpu")
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        x = torch.ones(1, 4, hidden, device=device, dtype=state.dtype)
+        (y,) = call_experts(experts.module, x)
+        gradients = torch.autograd.grad(y.float().sum(), lora, allow_unused=True) if lora else ()
     if all(gradient is not None for gradient in gradients):
         return None
     return (
         "PEFT leaves the inner of two adapters on 4-bit experts out of its forward, and trains it "
-        "not at all; fused, both train, so the loss is not stock's"
+        "not at all (Axolotl repairs that); adapt one of the two weights alone, or keep experts "
+        "in 16 bit"
     )

@@ -145,7 +145,7 @@ _QKV = (
     ("q_proj", "kv_a_proj_with_mqa"),
 )
 _FUSED_QKV = ("qkv_proj", "query_key_value", "qkv", "Wqkv", "wqkv")
-_O = ("o_proj", "out_proj", "dense", "wo", "Wo", "output")
+_O = ("o_proj", "out_proj", "dense", "wo", "Wo", "output", "proj", "projection")
 _Q_NORM = ("q_norm", "query_norm", "q_layernorm")
 _K_NORM = ("k_norm", "key_norm", "k_layernorm")
 

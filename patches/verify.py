@@ -132,7 +132,7 @@ def verify(
             low, mixed = h.to(hidden_dtype), None
             if hidden_dtype == torch.float32 and dtype != torch.float32:
                 mixed = dtype
-            stock = _run(own, call, low, None, mixed)
+            stock = _run(_unpacked(own) if packed else own, call, low, None, mixed)
             fused = _run(own, call, low, bind_fused, mixed)
             stock_error = _errors(stock, oracle)
             limits = {name: 2 * error + _SLACK[dtype] for name, error in stock_error.items()}
@@ -319,10 +319,23 @@ def _parametrized_4bit(module: nn.Module) -> bool:
     return any(hasattr(one[0], "quant_state") for one in lists.values())
 
 
+def _unpacked(block: nn.Module) -> nn.Module:
+    """A copy with plain weights in place of parametrized ones, in the dtype that they compute in.
+
+    A copy's parametrized weights are not the model's: torch keeps what it caches of them under the
+    original's name, and so misses what Axolotl repairs of PEFT there.
+    """
+    replica = copy.deepcopy(block)
+    for module in list(replica.modules()):
+        if _parametrized_4bit(module):
+            _make_plain(module)
+    return replica
+
+
 def _make_plain(module: Any) -> None:
     """Puts dequantised parameters in place of packed ones. The class, which torch made for this
     module, is shared with the original: it stays as it is, and the copy gets the one below it."""
-    weights = {name: getattr(module, name).float() for name in module.parametrizations}
+    weights = {name: getattr(module, name).detach() for name in module.parametrizations}
     module.__class__ = type(module).__mro__[1]
     del module._modules["parametrizations"]
     for name, weight in weights.items():

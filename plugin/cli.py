@@ -288,6 +288,10 @@ def families(
         str | None,
         typer.Option(metavar="NAME,...", help="Model types (llama) or classes of transformers."),
     ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="Only one mapping: causal, or image-text."),
+    ] = None,
     jobs: Annotated[int, typer.Option(metavar="N", help="Processes at a time.")] = 1,
     limit: Annotated[float, typer.Option(metavar="SECONDS", help="For one family.")] = 180.0,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything.")] = None,
@@ -303,10 +307,11 @@ def families(
         ),
     ] = None,
 ) -> None:
-    """Try every causal-LM family of transformers: a tiny model's step, stock against fused.
+    """Try every family of transformers: a tiny model's step, stock against fused.
 
-    Runs on the CPU, and downloads nothing. Exit code 1: a family trains wrong or crashes when it is
-    fused.
+    Causal LMs, and models of images and text, these with images. Runs on the CPU, and downloads
+    nothing. With --kind, --markdown leaves the other part of the page as it is. Exit code 1: a
+    family trains wrong or crashes when it is fused.
     """
     if readme is not None and markdown is None:
         _write_readme(readme, readme.parent / "FAMILIES.md")
@@ -314,7 +319,7 @@ def families(
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from lorafuse.plugin.errors import FuseConfigError
     from lorafuse.plugin.families import model_types, sweep
-    from lorafuse.plugin.family_table import coverage, table
+    from lorafuse.plugin.family_table import coverage, tables
     from lorafuse.plugin.family_table import markdown as write_markdown
 
     console = _console()
@@ -324,7 +329,7 @@ def families(
         for name, path in (("--json", json), ("--markdown", markdown)):
             if path is not None and not path.absolute().parent.is_dir():
                 raise FuseConfigError(f"{name} {path}: there is no folder {path.parent}")
-        entries = model_types(only)
+        entries = model_types(only, kind)
     except FuseConfigError as error:
         _fail(error)
     progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -334,7 +339,8 @@ def families(
         limit,
         lambda one, done, whole: progress.print(f"{done}/{whole} {one.model_type}: {one.level}"),
     )
-    console.print(table(found), soft_wrap=False)
+    for part in tables(found):
+        console.print(part, soft_wrap=False)
     console.print(coverage(found))
     for one in found.bad:
         console.print(f"{one.model_type} {one.level}: {one.reason}")
@@ -342,7 +348,8 @@ def families(
         _write_json(json, found.to_dict())
         console.print(f"written: {json}")
     if markdown is not None:
-        markdown.write_text(write_markdown(found), encoding="utf-8")
+        page = markdown.read_text("utf-8") if kind is not None and markdown.is_file() else ""
+        markdown.write_text(write_markdown(found, page), encoding="utf-8")
         console.print(f"written: {markdown}")
         if readme is not None:
             _write_readme(readme, markdown)

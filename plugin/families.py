@@ -1,5 +1,7 @@
 """`lorafuse families`: every family of transformers, tried with a tiny model on the CPU.
 
+Two mappings of transformers: causal LMs, and models of images and text.
+
 Each family has a process of its own with a time limit, so that one that hangs, dies or fills the
 memory costs itself alone. The processes are forked from one that has imported everything.
 """
@@ -8,7 +10,7 @@ import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -21,6 +23,7 @@ from lorafuse.plugin.environment import versions
 from lorafuse.plugin.errors import FuseConfigError
 from lorafuse.plugin.family_trial import (
     CRASHED,
+    IMAGE_TEXT,
     LEVELS,
     NOT_BUILT,
     PROJECTIONS,
@@ -33,7 +36,10 @@ LIMIT_s = 180.0
 # Auto class -> model type -> class.
 MAPPINGS: dict[str, dict[str, Any]] = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    IMAGE_TEXT: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
+# What the command calls them.
+KINDS = {"causal": "AutoModelForCausalLM", "image-text": IMAGE_TEXT}
 Progress = Callable[[Family, int, int], None]
 Trial = Callable[[str, str, str, Callable[[], None]], Family]
 _BUILT = "built"
@@ -45,6 +51,10 @@ class Families:
 
     families: Sequence[Family]
     when: datetime
+
+    def of(self, images: bool) -> "Families":
+        """Those of one mapping: of images and text, or causal LMs."""
+        return replace(self, families=[f for f in self.families if f.images == images])
 
     @property
     def levels(self) -> Counter[str]:
@@ -73,26 +83,36 @@ class Families:
         return {
             "date": self.when.date().isoformat(),
             "versions": versions(),
-            "levels": {level: self.levels[level] for level in LEVELS},
-            "expected": len(self.expected),
-            "covered": len(self.covered),
+            **self.of(images=False).counts(),
+            "image_text": self.of(images=True).counts(),
             "families": [family.to_dict() for family in self.families],
         }
 
+    def counts(self) -> dict[str, Any]:
+        return {
+            "levels": {level: self.levels[level] for level in LEVELS},
+            "expected": len(self.expected),
+            "covered": len(self.covered),
+        }
 
-def model_types(only: str | None = None) -> list[tuple[str, str, str]]:
+
+def model_types(only: str | None = None, kind: str | None = None) -> list[tuple[str, str, str]]:
     """(model type, class, auto class) of each family, or of those named.
 
     Args:
         only: model types or classes, separated by commas; None: all.
+        kind: one of `KINDS`; None: all.
 
     Raises:
-        FuseConfigError: a name that transformers does not know.
+        FuseConfigError: a name or a kind that is not known.
     """
+    if kind is not None and kind not in KINDS:
+        raise FuseConfigError(f"--kind {kind}: give {' or '.join(KINDS)}, or leave it out for both")
     known = [
         (model_type, str(name), auto)
         for auto, mapping in MAPPINGS.items()
         for model_type, name in mapping.items()
+        if kind is None or auto == KINDS[kind]
     ]
     if only is None:
         return known
@@ -101,7 +121,7 @@ def model_types(only: str | None = None) -> list[tuple[str, str, str]]:
         if not any(name in entry[:2] for entry in known):
             raise FuseConfigError(
                 f"--only {name}: transformers {transformers.__version__} has no such model type "
-                "or class in its mapping for causal LMs"
+                "or class in its mappings for causal LMs and for images and text"
             )
     return [entry for entry in known if entry[0] in asked or entry[1] in asked]
 
@@ -166,7 +186,10 @@ def sweep(
                     continue
                 if reason is not None:
                     level = CRASHED if one.built else NOT_BUILT
-                    found[one.index] = Family(*entries[one.index][:2], level, reason)
+                    model_type, name, auto = entries[one.index]
+                    found[one.index] = Family(
+                        model_type, name, level, reason, images=auto == IMAGE_TEXT
+                    )
                 one.process.kill()
                 one.process.join()
                 ours.close()

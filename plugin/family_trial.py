@@ -4,10 +4,15 @@ LoRA stands on every linear layer, and on experts that are kept in one weight, w
 weights and biases are perturbed, so that no one and no zero hides a mistake. Loss and the gradient
 of every adapter are compared, in fp32 on the CPU. The same model type always gives the same
 numbers.
+
+An image-text class makes its step on a batch with images, the vision tower adapted too, and one
+more on text alone where it takes that.
 """
 
+import inspect
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -22,7 +27,8 @@ from transformers.pytorch_utils import Conv1D
 from lorafuse.patches.decoder_layer import FusedDecoderLayer
 from lorafuse.patches.structure import in_out, is_linear, recognise_experts
 from lorafuse.plugin.fuse import fuse
-from lorafuse.plugin.report import FuseReport
+from lorafuse.plugin.image_batch import image_batch, text_batch
+from lorafuse.plugin.report import FuseReport, OperationReport
 from lorafuse.plugin.tiny_config import TEXT_WORDS, tiny_config
 
 LAYER, PARTS, STOCK = "layer", "parts", "stock"
@@ -31,6 +37,12 @@ LEVELS = (LAYER, PARTS, STOCK, WRONG, CRASHED, NOT_BUILT)
 BLOCK_OPERATIONS = ("lora_mlp", "lora_qkv", "lora_o", "rms_norm", "rope", "moe")
 LOSS = "cross_entropy"
 PROJECTIONS = ("lora_mlp", "lora_qkv", "lora_o")
+IMAGE_TEXT = "AutoModelForImageTextToText"
+# Part of a module's path: what looks at images (or hears), up to what the text tower reads.
+VISION = re.compile(
+    r"(^|[._])(vision|visual|video|audio|vit|vpm|image|images|pixel|img|patch|qformer|perceiver|encoder_vision"
+    r"|projector|projection|projecter|connector|aligner|merger|resampler|high|sam|vq|vqmodel)[a-z0-9]*"
+)
 
 # Mamba's out_proj, which its kernels read: PEFT raises for these types.
 PEFT_REFUSES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
@@ -55,6 +67,10 @@ class Family:
         layers: decoder layers that carry adapters.
         expected: the operations that its blocks hold by their shapes, of `PROJECTIONS`.
         error: the largest relative error of loss and gradients.
+        images: an image-text class; `fused` and the layers are the text tower's then.
+        vision: as `fused`, of the vision tower and what joins it to the text tower.
+        vision_layers: as `whole_layers` and `layers`, of the vision tower.
+        text_alone: why there was no step without images; "" where there was.
     """
 
     model_type: str
@@ -66,6 +82,10 @@ class Family:
     layers: int = 0
     expected: tuple[str, ...] = ()
     error: float = 0.0
+    images: bool = False
+    vision: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    vision_layers: tuple[int, int] = (0, 0)
+    text_alone: str = ""
 
     @property
     def operations(self) -> tuple[str, ...]:
@@ -90,23 +110,46 @@ def try_family(
     warnings.simplefilter("ignore")
     logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
+    images = auto_class == IMAGE_TEXT
+    family = Family(model_type, model_class, STOCK, images=images)
     try:
-        model = tiny_model(tiny_config(model_type), auto_class)
-        tokens = torch.randint(3, TEXT_WORDS, TOKENS, generator=torch.Generator().manual_seed(0))
-        expected = expected_operations(model)
-        stock = one_step(model, tokens)
-        if not all(bool(value.isfinite().all()) for value in stock.values()):
+        model = tiny_model(tiny_config(model_type, images=images), auto_class)
+        expected = expected_operations(model, looking(model) if images else frozenset())
+        batches = [image_batch(model.get_base_model())] if images else [tokens_batch()]
+        stock = [one_step(model, batch) for batch in batches]
+        if images:
+            alone = text_batch(model.get_base_model())
+            try:
+                stock.append(one_step(model, alone))
+                batches.append(alone)
+            except Exception as refusal:  # a class may want an image in every batch
+                family = replace(family, text_alone=_message(refusal))
+        if not all(bool(value.isfinite().all()) for step in stock for value in step.values()):
             raise ValueError("the stock step is not finite")
-    except Exception as refusal:  # any class may refuse to be small or to train on text alone
-        return Family(model_type, model_class, NOT_BUILT, _message(refusal))
+    except Exception as refusal:  # any class may refuse to be small or to train on these batches
+        return replace(family, level=NOT_BUILT, reason=_message(refusal))
     built()
-    family = Family(model_type, model_class, STOCK, expected=expected)
+    family = replace(family, expected=expected)
     try:
         report = fuse(model)
-        error, where = largest_error(one_step(model, tokens), stock)
+        errors = [
+            largest_error(one_step(model, batch), exact)
+            for batch, exact in zip(batches, stock, strict=True)
+        ]
     except Exception as crash:
         return replace(family, level=CRASHED, reason=_message(crash))
+    error, where = max(errors, key=_badness)
     return _judge(family, model, report, where, error)
+
+
+def tokens_batch() -> dict[str, Tensor]:
+    """A step's arguments for a causal LM."""
+    tokens = torch.randint(3, TEXT_WORDS, TOKENS, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+
+def _badness(error: tuple[float, str]) -> float:
+    return error[0] if error[0] == error[0] else float("inf")
 
 
 def tiny_model(config: PretrainedConfig, auto_class: str) -> Any:
@@ -125,12 +168,14 @@ def tiny_model(config: PretrainedConfig, auto_class: str) -> Any:
                     parameter.normal_(std=parameter.shape[1] ** -0.5)
                 elif name == "bias" or (name == "weight" and parameter.dim() == 1):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
+    # Of a causal LM, PEFT's wrapper hands on inputs_embeds, which not every image-text class takes.
+    takes = inspect.signature(type(model).forward).parameters
     lora = LoraConfig(
         r=4,
         lora_alpha=8,
         target_modules=_linear_layers(model),
         target_parameters=_experts(model) or None,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if auto_class != IMAGE_TEXT or "inputs_embeds" in takes else None,
     )
     peft = get_peft_model(model, lora)
     with torch.no_grad():
@@ -142,7 +187,7 @@ def tiny_model(config: PretrainedConfig, auto_class: str) -> Any:
 
 def _linear_layers(model: Any) -> list[str]:
     """All but the head, and those that PEFT refuses (a Mamba's) or breaks (tuples come out)."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     refused = ("out_proj", "conv1d") if model.config.model_type in PEFT_REFUSES else ()
     names = []
     for name, module in model.named_modules():
@@ -165,11 +210,11 @@ def _experts(model: nn.Module) -> list[str]:
     ]
 
 
-def one_step(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+def one_step(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The loss and the gradient of every adapter."""
     torch.manual_seed(0)
     model.zero_grad()
-    loss = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss
+    loss = model(**batch).loss
     if loss is None:
         raise ValueError("it returns no loss for labels")
     loss.backward()
@@ -195,18 +240,25 @@ def largest_error(got: dict[str, Tensor], stock: dict[str, Tensor]) -> tuple[flo
     return worst, where
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The elements of the outermost lists of modules that carry adapters."""
-    found: list[nn.Module] = []
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The elements of the outermost lists of modules that carry adapters, by name."""
+    found: dict[str, nn.Module] = {}
     inside: set[nn.Module] = set()
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and module not in inside:
             inside |= set(module.modules())
-            found += [m for m in module if any(isinstance(x, LoraLayer) for x in m.modules())]
+            for i, one in enumerate(module):
+                if any(isinstance(m, LoraLayer) for m in one.modules()):
+                    found[f"{name}.{i}"] = one
     return found
 
 
-def expected_operations(model: nn.Module) -> tuple[str, ...]:
+def looking(model: nn.Module) -> frozenset[str]:
+    """Names of the modules that look at images, up to what the text tower reads."""
+    return frozenset(name for name, _ in model.named_modules() if VISION.search(name))
+
+
+def expected_operations(model: nn.Module, but: Container[str] = ()) -> tuple[str, ...]:
     """Which of `PROJECTIONS` the blocks hold, told by shapes and not by what is recognised.
 
     A gated MLP: a module with two linear layers [I, H] (or one [2I, H]) and one [H, I], and no
@@ -214,8 +266,8 @@ def expected_operations(model: nn.Module) -> tuple[str, ...]:
     layers that read H features (or one) and one that writes H.
     """
     found: set[str] = set()
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) or name in but:
             continue
         shapes = [in_out(child) for child in module.children() if is_linear(child)]
         if "Attention" in type(module).__name__:
@@ -243,16 +295,27 @@ def _judge(
 ) -> Family:
     """The result, from the report after the fused step."""
     operations = report.operations()
-    fused = {name: (one.called, one.found) for name, one in operations.items() if one.found}
-    layers = decoder_layers(model)
-    whole = sum(isinstance(m.__dict__.get("forward"), FusedDecoderLayer) for m in layers)
-    reasons = [str(r) for name in BLOCK_OPERATIONS for r in operations[name].fallbacks]
-    reasons += [str(r) for one in operations.values() for r in one.runtime_fallbacks]
+    looks = looking(model) if family.images else frozenset()
+    operations = report.operations(lambda name: name not in looks)
+    seeing = report.operations(looks.__contains__)
+    fused, vision = _counts(operations), _counts(seeing)
+    towers = [
+        [m for name, m in decoder_layers(model).items() if (name in looks) == vision]
+        for vision in (False, True)
+    ]
+    whole, whole_vision = (
+        sum(isinstance(m.__dict__.get("forward"), FusedDecoderLayer) for m in layers)
+        for layers in towers
+    )
+    layers, vision_layers = map(len, towers)
+    reasons = _reasons(operations)
     reasons += [note for note in report.notes if "in parts" in note]
     reasons += [str(r) for r in operations[LOSS].fallbacks]
+    reasons += [f"vision: {reason}" for reason in _reasons(seeing)]
     blocks = [name for name in BLOCK_OPERATIONS if fused.get(name, (0, 0))[0]]
+    blocks += [name for name in BLOCK_OPERATIONS if vision.get(name, (0, 0))[0]]
     level = PARTS if blocks else STOCK
-    if layers and whole == len(layers):
+    if layers and whole == layers:
         level = LAYER
     if not error <= TOLERANCE:
         level = WRONG
@@ -263,9 +326,21 @@ def _judge(
         reason="; ".join(dict.fromkeys(reasons)),
         fused=fused,
         whole_layers=whole,
-        layers=len(layers),
+        layers=layers,
         error=error,
+        vision=vision,
+        vision_layers=(whole_vision, vision_layers),
     )
+
+
+def _reasons(operations: Mapping[str, OperationReport]) -> list[str]:
+    """Why blocks are not fused, and why calls of fused ones ran as stock."""
+    reasons = [str(r) for name in BLOCK_OPERATIONS for r in operations[name].fallbacks]
+    return reasons + [str(r) for one in operations.values() for r in one.runtime_fallbacks]
+
+
+def _counts(operations: Mapping[str, OperationReport]) -> dict[str, tuple[int, int]]:
+    return {name: (one.called, one.found) for name, one in operations.items() if one.found}
 
 
 def _message(error: BaseException) -> str:

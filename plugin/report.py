@@ -147,11 +147,18 @@ class FuseReport:
         if line not in self.notes:
             self.notes.append(line)
 
-    def operations(self) -> dict[str, OperationReport]:
-        """The state of each operation, by its name without `fused_`."""
+    def operations(
+        self, holds: Callable[[str], bool] = lambda module: True
+    ) -> dict[str, OperationReport]:
+        """The state of each operation, by its name without `fused_`.
+
+        Args:
+            holds: Of a module's qualified name: whether it counts.
+        """
         records: defaultdict[str, list[Record]] = defaultdict(list)
         for record in self._records:
-            records[record.operation].append(record)
+            if holds(record.module):
+                records[record.operation].append(record)
         enabled = self.config.enabled()
         return {
             name: _summarise(enabled.get(name, True), records[name])
