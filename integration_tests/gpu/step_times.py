@@ -5,9 +5,9 @@
 
 First the same step, stock and in each mode of `fused_checkpointing`, from the same state: loss and
 gradient norm must agree. Then whole steps are timed: stock and fused, plain and packed, in FP8, in
-each mode, for long and for short rows. `lorafuse bench` times the same steps one system a process;
-here models, caches and the allocator are shared, so peaks and times of a setting are rougher, and
-there are more of them.
+each mode, for long and for short rows, and with graphs. `lorafuse bench` times the same steps one
+system a process; here models, caches and the allocator are shared, so peaks and times of a setting
+are rougher, and there are more of them.
 """
 
 import argparse
@@ -139,6 +139,10 @@ def main() -> None:
         timer.fused(lambda: timer.short("fused"))
         if on_gpu:
             timer.fused(lambda: timer.pair("fused, FP8"), fused_fp8=True)
+            graphs = {"fused_checkpointing": "off", "fused_graphs": True}
+            timer.fused(lambda: timer.short("fused, graphs"), **graphs)
+            timer.fused(lambda: timer.pair("fused, graphs"), **graphs)
+            timer.fused(lambda: timer.pair("fused, FP8, graphs"), fused_fp8=True, **graphs)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             what = torch.cuda.get_device_name() if on_gpu else "cpu"
