@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 from lorafuse.kernels.lora_linear import LoraProjection, NormPrologue, lora_linear
 from lorafuse.kernels.lora_o import lora_o
@@ -44,7 +45,7 @@ _BACKENDS = [
 ]
 
 # Tensors that the fused form reads, or leaves to the attention function.
-_READ = ("hidden_states", "attention_mask", "position_bias")
+_READ = ("hidden_states", "attention_mask", "position_bias", "position_embeddings")
 _CACHES = ("past_key_values", "past_key_value")
 
 # What a batch's mask became.
@@ -171,7 +172,7 @@ class AttentionReader:
         Keys and values of another sequence, say: then this attention is a cross-attention.
         """
         for name, value in arguments.items():
-            if name in _READ or not isinstance(value, Tensor) or not value.is_floating_point():
+            if name in _READ or not _holds_floats(value):
                 continue
             if name not in self.ignored:
                 self.ignored[name] = ignores(stock, arguments, name)
@@ -412,14 +413,27 @@ def _dropout(module: Any) -> float:
     return float(rate.p if isinstance(rate, torch.nn.Dropout) else rate)
 
 
+def _holds_floats(value: Any) -> bool:
+    """A tensor of floats, or a tuple of such."""
+    if isinstance(value, tuple):
+        return bool(value) and all(map(_holds_floats, value))
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _others(value: Any) -> Any:
+    """Other numbers in the same place."""
+    return tuple(map(_others, value)) if isinstance(value, tuple) else torch.randn_like(value)
+
+
 def ignores(stock: Callable[..., Any], arguments: Mapping[str, Any], name: str) -> bool:
     """Whether a module's stock forward, called so, gives the same bits whatever `name` holds."""
-    value: Tensor = arguments[name]
+    value = arguments[name]
     arguments = dict(arguments) | {one: None for one in _CACHES if one in arguments}
     outputs = []
-    with torch.random.fork_rng([value.device] if value.is_cuda else []), torch.no_grad():
+    devices = {x.device for x in tree_leaves(value) if x.is_cuda}
+    with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(0)
-        for given in (value, torch.randn_like(value)):
+        for given in (value, _others(value)):
             torch.manual_seed(1)
             output = stock(**{**arguments, name: given})
             outputs.append(output[0] if isinstance(output, tuple) else output)
@@ -458,6 +472,9 @@ class FusedAttention(FusedForward):
     ) -> None:
         super().__init__(attention.module)
         self.attention = AttentionReader(attention, formats, pairing, backend, finder)
+
+    def ignores(self, name: str) -> bool:
+        return self.attention.ignored.get(name, False)
 
     def linear_groups(self) -> list[Sequence[Any]]:
         return self.attention.linear_groups()

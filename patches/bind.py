@@ -110,8 +110,12 @@ class FusedForward:
         if self._positions is not None:
             self._positions.check(arguments.get("position_ids"))
         for name, proven in self._proven.items():
-            if self._value(name, arguments) != proven:
+            if self._value(name, arguments) != proven and not self.ignores(name):
                 raise Unsupported(f"it was called with another {name} than it is proven for")
+
+    def ignores(self, name: str) -> bool:
+        """Whether the stock forward has been seen to ignore what a call brings as `name`."""
+        return False
 
     def _value(self, name: str, arguments: Mapping[str, Any]) -> Hashable:
         value = arguments.get(name, self.__signature__.parameters[name].default)

@@ -125,6 +125,9 @@ class FusedDecoderLayer(FusedForward):
         # Replays the layer where it can; None: it always runs as it stands.
         self.graphs: LayerGraphs | None = None
 
+    def ignores(self, name: str) -> bool:
+        return self.attention.ignored.get(name, False)
+
     def linear_groups(self) -> list[Sequence[Any]]:
         return [*self.attention.linear_groups(), *self.mlp.linear_groups()]
 

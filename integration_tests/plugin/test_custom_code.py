@@ -17,6 +17,7 @@ from lorafuse.plugin.errors import FuseConfigError
 from lorafuse.plugin.family_trial import largest_error, one_step
 
 TOKENS = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
+BATCH = {"input_ids": TOKENS, "labels": TOKENS}
 
 CONFIG = """
 from transformers import PretrainedConfig
@@ -236,9 +237,9 @@ def load(folder: Path) -> Any:
 
 def test_an_honest_model_is_fused_whole_and_trains_as_stock(tmp_path: Path) -> None:
     model = load(write(tmp_path / "honest", "honest"))
-    stock = one_step(model, TOKENS)
+    stock = one_step(model, BATCH)
     report = fuse(model, fused_strict=False)
-    ours = one_step(model, TOKENS)
+    ours = one_step(model, BATCH)
     error, where = largest_error(ours, stock)
     assert error < 1e-4, where
     operations = report.operations()
@@ -248,17 +249,17 @@ def test_an_honest_model_is_fused_whole_and_trains_as_stock(tmp_path: Path) -> N
     for name in ("rms_norm", "cross_entropy"):
         assert operations[name].called == operations[name].found > 0, operations[name].fallbacks
     report.unfuse()
-    assert largest_error(one_step(model, TOKENS), stock)[0] == 0
+    assert largest_error(one_step(model, BATCH), stock)[0] == 0
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BLOCKS if kind != "honest"])
 def test_one_that_lies_is_refused_and_trains_as_stock(kind: str, tmp_path: Path) -> None:
     model = load(write(tmp_path / "liar", kind))
-    stock = one_step(model, TOKENS)
+    stock = one_step(model, BATCH)
     honest = load(write(tmp_path / "honest", "honest"))
-    assert largest_error(one_step(honest, TOKENS), stock)[0] > 1e-2  # it does lie
+    assert largest_error(one_step(honest, BATCH), stock)[0] > 1e-2  # it does lie
     report = fuse(model)
-    error, where = largest_error(one_step(model, TOKENS), stock)
+    error, where = largest_error(one_step(model, BATCH), stock)
     assert error < 1e-4, where
     whole = [name for name, one in report.operations().items() if "layer" in one.levels]
     first_is_honest = kind == "scales its second layer"

@@ -20,6 +20,7 @@ from lorafuse.plugin.tiny_config import TEXT_WORDS, tiny_config
 EXAMPLE = Path(__file__).parents[2] / "example_configs" / "thirdparty_structure"
 MODULE = "lorafuse_cpmant"
 TOKENS = torch.randint(3, TEXT_WORDS, (2, 20), generator=torch.Generator().manual_seed(0))
+BATCH = {"input_ids": TOKENS, "labels": TOKENS}
 BLOCKS = ("lora_mlp", "lora_qkv", "lora_o")
 
 
@@ -62,9 +63,9 @@ def test_without_it_the_blocks_are_stock() -> None:
 
 def test_with_it_they_are_fused_and_train_as_stock(installed: None) -> None:
     model = cpmant()
-    stock = one_step(model, TOKENS)
+    stock = one_step(model, BATCH)
     report = fuse(model)
-    error, where = largest_error(one_step(model, TOKENS), stock)
+    error, where = largest_error(one_step(model, BATCH), stock)
     assert error < 1e-4, where
     operations = report.operations()
     for name in BLOCKS:
@@ -72,7 +73,7 @@ def test_with_it_they_are_fused_and_train_as_stock(installed: None) -> None:
         assert one.fused == one.called == one.found == 4, (name, one)
     assert report.proofs >= 3
     report.unfuse()
-    error, _ = largest_error(one_step(model, TOKENS), stock)
+    error, _ = largest_error(one_step(model, BATCH), stock)
     assert error == 0
 
 
@@ -92,9 +93,9 @@ def test_a_wrong_reading_is_rejected_by_verification(installed: None) -> None:
     kind = type("Crossed", (type(gated[0]),), {"forward": crossed})
     for module in gated:
         module.__class__ = kind
-    stock = one_step(model, TOKENS)
+    stock = one_step(model, BATCH)
     report = fuse(model)
-    error, where = largest_error(one_step(model, TOKENS), stock)
+    error, where = largest_error(one_step(model, BATCH), stock)
     assert error < 1e-4, where
     (reason,) = report.operations()["lora_mlp"].fallbacks
     assert "verification" in reason.reason and reason.modules == 4
@@ -109,9 +110,9 @@ def test_falcons_own_linear_layers_are_fused_by_our_own_code() -> None:
         for m in model.modules()
         if isinstance(m, nn.Linear)
     )
-    stock = one_step(model, TOKENS)
+    stock = one_step(model, BATCH)
     report = fuse(model)
-    error, where = largest_error(one_step(model, TOKENS), stock)
+    error, where = largest_error(one_step(model, BATCH), stock)
     assert error < 1e-4, where
     for name in ("lora_qkv", "lora_o"):
         assert report.operations()[name].called == report.operations()[name].found > 0
