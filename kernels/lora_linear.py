@@ -627,6 +627,7 @@ def input_gradient(
     if need_dx and dy_wide is not None:
         weight = group.backward_weight(dy, B)
         G = None if B is None else torch.mm(dy, B, out=dy_wide[:, N:])
+        del B
         return dy_wide @ weight, G  # dX = [dY, G] [W; A]
     G, A = None, None
     if B is not None:

@@ -44,9 +44,9 @@ from lorafuse.patches.weights import WeightFormat
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """One call of a layer: what it was called with, and what its modules hold now."""
+    """One call of a layer: what it was called with beside its hidden states, and what its modules
+    hold now. (Not the hidden states: a stage that runs again holds this, and they may leave.)"""
 
-    h: Tensor
     qkv: Sequence[LoraProjection]
     output: LoraProjection
     gate_up: Sequence[LoraProjection]
@@ -94,13 +94,10 @@ class Prepared:
         (output,), (down,) = own([self.output]), own([self.down])
         return replace(self, qkv=own(self.qkv), output=output, gate_up=own(self.gate_up), down=down)
 
-    def at(self, h: Tensor, positions: tuple[Tensor, ...]) -> "Prepared":
-        """The same with another input, which brings neither a mask nor more arguments."""
+    def at(self, positions: tuple[Tensor, ...]) -> "Prepared":
+        """The same at other positions, of a call that brings neither a mask nor more arguments."""
         pair = (positions[0], positions[1]) if positions else None
-        return replace(self, h=h, positions=pair, mask=None, arguments={})
-
-    def without_activations(self) -> "Prepared":
-        return self.at(self.h.new_empty(0), self.positions or ())
+        return replace(self, positions=pair, mask=None, arguments={})
 
 
 class FusedDecoderLayer(FusedForward):
@@ -174,24 +171,24 @@ class FusedDecoderLayer(FusedForward):
             return self.fall_back(unsupported.reason, *args, **kwargs)
         self.calls += 1
         prepared = Prepared(
-            h, *attention, *mlp, norm_1, norm_2, positions, mask, cache, arguments,
+            *attention, *mlp, norm_1, norm_2, positions, mask, cache, arguments,
             self.head_norms(), self.post_norms(),
         )  # fmt: skip
         keeping = (
             None if self.checkpointing is None else self.checkpointing.begin(h, positions or ())
         )
         if self.graphs is not None:
-            replayed = self.graphs.call(self, prepared, keeps_all=keeping is None)
+            replayed = self.graphs.call(self, h, prepared, keeps_all=keeping is None)
             if replayed is not None:
                 return replayed
         if keeping is None:
-            return self.forward(prepared, None, 0)
+            return self.forward(h, prepared, None, 0)
         with keeping.tape:
-            return self.forward(prepared, keeping.tape, keeping.tile_rows)
+            return self.forward(h, prepared, keeping.tape, keeping.tile_rows)
 
-    def forward(self, prepared: Prepared, tape: Tape | None, tile_rows: int) -> Tensor:
+    def forward(self, h: Tensor, prepared: Prepared, tape: Tape | None, tile_rows: int) -> Tensor:
         """The fused path. `tape`: says what is kept; None: all. `tile_rows`: of the MLP."""
-        h, qkv = prepared.h, prepared.qkv
+        qkv = prepared.qkv
         if tape is not None and tape.attention_again and prepared.cache is None:
 
             def all_of_it(note: Note, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,6 +202,7 @@ class FusedDecoderLayer(FusedForward):
             q, k, v, *around = run_stage(tape, partial(self.project, prepared=prepared), qkv, h)
             attended = self.attend(q, k, v, prepared)
             beside = around[0] if around else h
+            del q, k, v, around
         return self.behind_attention(tape, attended, beside, prepared, tile_rows)
 
     def project(self, note: Note, h: Tensor, prepared: Prepared) -> tuple[Tensor, ...]:

@@ -269,18 +269,19 @@ class LayerGraphs:
         return None if self._flight is None else self._flight()
 
     def call(
-        self, layer: "FusedDecoderLayer", prepared: "Prepared", *, keeps_all: bool = True
+        self, layer: "FusedDecoderLayer", h: Tensor, prepared: "Prepared", *, keeps_all: bool = True
     ) -> Tensor | None:
         """The layer's output; None where it has to run as ever.
 
         Args:
             layer: one of `layers`.
-            prepared: the call.
+            h: its input.
+            prepared: the rest of the call.
             keeps_all: whether the layer keeps all its activations in this call.
         """
         if layer is self.layers[0]:
             self._now = None
-            self._why = self._begin(prepared) or ""
+            self._why = self._begin(h, prepared) or ""
         flight, why = self._now, self._why
         recorded = self._recorded.get(id(layer))
         if not keeps_all:
@@ -292,19 +293,24 @@ class LayerGraphs:
         if why or flight is None or recorded is None:
             self.reasons[why] += 1
             if keeps_all:
-                self._last[id(layer)] = prepared.without_activations()
+                self._last[id(layer)] = prepared.at(prepared.positions or ())
             return None
         for static, given in zip(recorded.positions, prepared.positions or (), strict=True):
             if flight.positions.get(id(static)) is not given:
                 _write(static, given)
                 flight.positions[id(static)] = given
         self.replays += 1
-        return self._run(layer, flight, recorded, prepared)
+        return self._run(layer, flight, recorded, h, prepared)
 
     def _run(
-        self, layer: "FusedDecoderLayer", flight: _Flight, recorded: _Recorded, prepared: "Prepared"
+        self,
+        layer: "FusedDecoderLayer",
+        flight: _Flight,
+        recorded: _Recorded,
+        h: Tensor,
+        prepared: "Prepared",
     ) -> Tensor:
-        h, before, behind = prepared.h, recorded.before, recorded.behind
+        before, behind = recorded.before, recorded.behind
         q, k, v, *around = _Replay.apply(  # type: ignore[no-untyped-call]
             self, flight, before, h, *before.parameters
         )
@@ -316,9 +322,8 @@ class LayerGraphs:
         result: Tensor = h3
         return result
 
-    def _begin(self, prepared: "Prepared") -> str | None:
+    def _begin(self, h: Tensor, prepared: "Prepared") -> str | None:
         """The model's first layer is called: None where this forward is replayed, else why not."""
-        h = prepared.h
         if not torch.is_grad_enabled():
             return "no gradient is asked for"
         if collects_hidden_states():
@@ -480,7 +485,7 @@ class _LayerTape:
         self.leaf = x.detach().requires_grad_(needs_dx)
         self.beside = x.detach().requires_grad_(needs_dx)
         positions = recording.copies(prepared.positions or ())
-        own = prepared.at(self.leaf, positions).apart()
+        own = prepared.at(positions).apart()
         self.of_before = own.parameters(before=True)
         self.of_behind = own.parameters(before=False)
         before, self.outputs = recording.piece(

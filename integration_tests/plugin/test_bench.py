@@ -17,7 +17,7 @@ from lorafuse.plugin.bench_model import adapted, base_model, batch, parameters
 from lorafuse.plugin.bench_plot import plot
 from lorafuse.plugin.bench_results import Results, SystemResult
 from lorafuse.plugin.bench_table import lines_below, profiles, table
-from lorafuse.plugin.bench_worker import busy, is_out_of_memory, work
+from lorafuse.plugin.bench_worker import WARM_UP, busy, is_out_of_memory, work
 from lorafuse.plugin.cli import app
 from lorafuse.plugin.config import OPERATIONS, PREFIX
 from lorafuse.plugin.errors import FuseConfigError
@@ -64,7 +64,7 @@ def test_stock_and_fused_train_the_same_curve(tmp_path: Path) -> None:
     for one in content["systems"].values():
         (measured,) = one["rounds"]
         # The first, one more untimed, and the timed ones.
-        assert len(measured["losses"]) == len(measured["gradient_norms"]) == 4
+        assert len(measured["losses"]) == len(measured["gradient_norms"]) == WARM_UP + 2
         assert len(measured["step_ms"]) == 2 and min(measured["step_ms"]) > 0
         assert measured["losses"][-1] < measured["losses"][0]
         assert one["tokens_per_s"] == pytest.approx(64e3 / one["step_ms"])
@@ -75,7 +75,7 @@ def test_stock_and_fused_train_the_same_curve(tmp_path: Path) -> None:
     assert fused["largest_loss_difference"] < 1e-2
     assert fused["largest_relative_gradient_norm_difference"] < 2e-2
     report = fused["rounds"][0]["report"]
-    assert report["steps"] == 4
+    assert report["steps"] == WARM_UP + 2
     for name in set(OPERATIONS[:-1]) - {"fused_moe"}:  # a dense model
         operation = report["operations"][name.removeprefix(PREFIX)]
         assert operation["called"] == operation["found"] > 0, name
