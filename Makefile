@@ -58,10 +58,11 @@ lint: $(READY)
 	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy -p lorafuse
 
-# Each suite leaves its closing line for the end of `make test`.
+# Each suite leaves its closing line for the end of `make test`. One thread: tiny models are computed
+# faster by one than by threads that wait for each other.
 define suite
 	@mkdir -p .demo && rm -f .demo/test-$(1).summary
-	$(2) $(BIN)/python -m pytest -q --durations=8 $(3) | tee .demo/test-$(1).log
+	OMP_NUM_THREADS=1 $(2) $(BIN)/python -m pytest -q --durations=8 $(3) | tee .demo/test-$(1).log
 	@echo "$(1): $$(tail -n 1 .demo/test-$(1).log)" > .demo/test-$(1).summary
 endef
 
