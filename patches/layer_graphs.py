@@ -157,8 +157,19 @@ class _Flight:
     def __init__(self) -> None:
         self.has_started = False  # its backward pass
         self.done: set[int] = set()
-        # What of cos and sin the graphs' copies hold now.
+        # The graphs' copies of cos and sin -> of which they are, for all of this pass.
         self.positions: dict[int, Tensor] = {}
+
+    def takes(self, recorded: "_Recorded", prepared: "Prepared") -> bool:
+        """Writes cos and sin where the layer's graphs read them; False: others are there."""
+        pairs = list(zip(recorded.positions, prepared.positions or (), strict=True))
+        if any(self.positions.get(id(static), given) is not given for static, given in pairs):
+            return False
+        for static, given in pairs:
+            if id(static) not in self.positions:
+                _write(static, given)
+                self.positions[id(static)] = given
+        return True
 
     def runs(self, piece: _Piece, current: "_Flight | None") -> None:
         """Backward has come to `piece`.
@@ -290,15 +301,13 @@ class LayerGraphs:
             why = "it fills a KV cache"
         elif flight is not None and (recorded is None or recorded.read != prepared.read()):
             why = "its adapters or weights are not those that were recorded"
+        elif flight is not None and recorded is not None and not flight.takes(recorded, prepared):
+            why = "its cos and sin are another layer's no longer, as they were when it was recorded"
         if why or flight is None or recorded is None:
             self.reasons[why] += 1
             if keeps_all:
                 self._last[id(layer)] = prepared.at(prepared.positions or ())
             return None
-        for static, given in zip(recorded.positions, prepared.positions or (), strict=True):
-            if flight.positions.get(id(static)) is not given:
-                _write(static, given)
-                flight.positions[id(static)] = given
         self.replays += 1
         return self._run(layer, flight, recorded, h, prepared)
 
@@ -369,8 +378,8 @@ class LayerGraphs:
             with torch.enable_grad():
                 recording = _Recording(self.recorder(h.device), self.layers, last, h)
                 self._recorded, self._keeps = recording.run(), recording.keeps
-        except RuntimeError as error:
-            return f"recording failed: {str(error).splitlines()[0]}"
+        except Exception as error:  # whatever a driver or a compiler has against it
+            return f"recording failed: {(str(error) or type(error).__name__).splitlines()[0]}"
         self._key, self._last = key, {}
         return None
 

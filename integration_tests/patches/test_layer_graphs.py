@@ -341,3 +341,31 @@ def test_a_recording_that_fails_leaves_the_plain_way(make_peft, step, equal, mon
         equal(step(model), step(plain))
     assert graphs.replays == 0
     assert any("recording failed: operation not permitted" in why for why in graphs.reasons)
+
+
+def positions_of_its_own(rotary: Any, module: Any, args: Any, kwargs: Any) -> Any:
+    """A forward pre-hook: the layer turns by twice the angles."""
+    return args, kwargs | {"position_embeddings": rotary(args[0], 2 * kwargs["position_ids"])}
+
+
+def test_layers_that_no_longer_share_their_positions(make_peft, tokens, equal) -> None:
+    """They were recorded with one cos and sin; with one of its own, a layer runs as ever."""
+    results = []
+    for graphs in (False, True):
+        model = make_peft("llama")
+        result = fused(model, graphs)
+        backbone = model.get_base_model().model
+        found = []
+        for step in range(WARM + 2):
+            if step == WARM + 1:
+                hook = partial(positions_of_its_own, backbone.rotary_emb)
+                backbone.layers[1].register_forward_pre_hook(hook, with_kwargs=True)
+            model.zero_grad()
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        results.append(found)
+        if graphs:
+            assert graphs_of(result).replays == 2 + 1, graphs_of(result).reasons
+    for ours, plain in zip(results[1], results[0], strict=True):
+        equal(ours, plain)
+    assert not torch.equal(*(found[name] for found in results[0][-2:] for name in list(found)[:1]))
