@@ -1,7 +1,7 @@
 r"""Largest magnitudes that FP8 scales follow from: of a group's weights, and of r-wide columns.
 
     tops[0]     = max over i of max |W_i|          W_i [N_i, K] frozen, 16/32-bit or 4-bit
-    tops[1 + r] = max over j of |S[j, r]|          S [J, R]: sB, or A^T
+    tops[1 + r] = max over j of |S[j, r]|          S [J, R]: B, or A^T
 
 For 4 bits, max |W| is max |absmax| * max |code|, the most that the blocks can hold: it costs a pass
 over the blocks' scales, 1/128 of the weight's bytes.

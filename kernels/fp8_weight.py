@@ -2,7 +2,7 @@ r"""A frozen weight in FP8, written anew in each pass: for the forward GEMM and,
 
     W[n, k] ≈ s * W8[n, k]        s = max |W| / 448, one for all weights of a group
 
-    codes             W8           [N, K]       beside it the fold of sB [N, R]
+    codes             W8           [N, K]       beside it the fold of B [N, R]
     codes transposed  W8^T         [K, N]       beside it the fold of A^T [K, R]
 
 Hopper multiplies FP8 operands only if the contracted dimension is contiguous in both, so dX = dY W
