@@ -42,6 +42,7 @@ from lorafuse.kernels.glu import glu_fwd
 from lorafuse.kernels.glu import reference as glu_reference
 from lorafuse.kernels.grouped_linear import grouped_linear, grouped_outer, uses_grouped_mm
 from lorafuse.kernels.lora_linear import (
+    as_rows,
     compute_dtype,
     fold_alignment,
     fold_columns,
@@ -261,7 +262,7 @@ class MoeFunction(torch.autograd.Function):
         with without_autocast(x):
             rows = sort_by_expert(index, spec.gate_up.experts)
             first, second = spec.projections(tensors, x.device)
-            flat = _rows_of(x)
+            flat = as_rows(x)
             gu, gA = _gate_up(first, flat, rows)
             m, m_wide = second.wide(rows, second.K)
             glu_fwd(gu[:, : second.K], gu[:, second.K :], spec.activation, m)
@@ -283,9 +284,9 @@ class MoeFunction(torch.autograd.Function):
         with without_autocast(x):
             rows = ExpertOrder(order, place, ends, ctx.k)
             first, second = spec.projections(tuple(tensors), x.device)
-            flat, inner = _rows_of(x), second.K
+            flat, inner = as_rows(x), second.K
             dout, dout_wide = second.wide(rows, second.N)
-            gather(_rows_of(dy), rows, dout)
+            gather(as_rows(dy), rows, dout)
             G = second.lora_gradient(dout, dout_wide, rows)
             D = second.input_gradient(dout, dout_wide, G, rows)
             dgu, dgu_wide = first.wide(rows, first.N)
@@ -312,11 +313,6 @@ class MoeFunction(torch.autograd.Function):
                     combine(each, rows, None, dx)
         dweights = dw.to(weight.dtype) if needs[1] else None
         return dx, dweights, None, None, *above, *below
-
-
-def _rows_of(x: Tensor) -> Tensor:
-    """[T, H] with contiguous rows, copied only where it has to be."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _gate_up(first: _Projection, x: Tensor, rows: ExpertOrder) -> tuple[Tensor, Tensor | None]:

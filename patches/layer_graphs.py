@@ -253,10 +253,6 @@ class LayerGraphs:
         self.layers: list[FusedDecoderLayer] = []
         self.reasons: Counter[str] = Counter()
         self.replays = 0
-        self.forget()
-
-    def forget(self) -> None:
-        """Lets go of all that was recorded."""
         self._key: Any = None
         self._recorded: dict[int, _Recorded] = {}
         self._keeps: list[Tensor] = []  # the tensors beside the pool that replays read and write

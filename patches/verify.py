@@ -326,10 +326,14 @@ def _unpacked(block: nn.Module) -> nn.Module:
     original's name, and so misses what Axolotl repairs of PEFT there.
     """
     replica = copy.deepcopy(block)
+    _make_all_plain(replica)
+    return replica
+
+
+def _make_all_plain(replica: nn.Module) -> None:
     for module in list(replica.modules()):
         if _parametrized_4bit(module):
             _make_plain(module)
-    return replica
 
 
 def _make_plain(module: Any) -> None:
@@ -348,9 +352,7 @@ def _in_fp32(replica: nn.Module) -> nn.Module:
     But those that are parametrized become plain: PEFT's stock forward has mistakes on them
     (`moe.ignored_adapters`), and the proof is against what it means.
     """
-    for module in list(replica.modules()):
-        if _parametrized_4bit(module):
-            _make_plain(module)
+    _make_all_plain(replica)
     for module in replica.modules():
         config = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", "eager") not in ("eager", "sdpa"):

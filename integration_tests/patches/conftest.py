@@ -166,6 +166,26 @@ def step(tokens: Tensor) -> Callable[..., Gradients]:
 
 
 @pytest.fixture
+def curve(tokens: Tensor) -> Callable[..., list[tuple[float, float]]]:
+    """(loss, gradient norm) of each of some steps of AdamW."""
+
+    def run(model: Any, steps: int, rate: float) -> list[tuple[float, float]]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=rate)
+        found = []
+        for _ in range(steps):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append((float(loss.detach()), float(norm)))
+        return found
+
+    return run
+
+
+@pytest.fixture
 def close() -> Callable[..., None]:
     """Relative error of every result at most `limit`, against ‖exact‖."""
 

@@ -76,22 +76,12 @@ def test_nf4_in_bf16(family, make_peft, step) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_five_optimiser_steps_follow_stock(family, make_peft, tokens) -> None:
+def test_five_optimiser_steps_follow_stock(family, make_peft, curve) -> None:
     curves = []
     for fuse in (False, True):
         model = make_peft(family)
         fused = apply(model, ALL) if fuse else None
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=5e-3)
-        curve = []
-        for _ in range(5):
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            curve.append((float(loss.detach()), float(norm)))
-        curves.append(curve)
+        curves.append(curve(model, 5, 5e-3))
     assert curves[0][0][0] - curves[0][-1][0] > 0.05  # it learns
     for (loss, norm), (our_loss, our_norm) in zip(*curves, strict=True):
         assert abs(our_loss - loss) < 1e-4

@@ -271,24 +271,14 @@ def test_4_bit_in_bf16_with_an_fp32_stream(make, tokens) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2"])
-def test_twenty_steps_follow_stock(family, make, tokens) -> None:
+def test_twenty_steps_follow_stock(family, make, curve) -> None:
     curves = []
     for fused in (False, True):
         torch.manual_seed(0)
         model = make(family, ADAPTED["both"])
         if fused:
             records = moe_records(apply(model, MOE))
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=2e-3)
-        curve = []
-        for _ in range(20):
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            curve.append((float(loss.detach()), float(norm)))
-        curves.append(curve)
+        curves.append(curve(model, 20, 2e-3))
     assert curves[0][0][0] - curves[0][-1][0] > 0.05  # it learns
     for (loss, norm), (our_loss, our_norm) in zip(*curves, strict=True):
         assert abs(our_loss - loss) < 1e-3
