@@ -7,7 +7,7 @@ here, in bf16 and NF4 on a GPU (`-m gpu`).
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from lorafuse.patches.decoder_layer import FusedDecoderLayer
 
 ALL = dict.fromkeys(OPERATIONS, True)
 STEPS = 20
+RATE = 2e-3
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -293,27 +294,14 @@ def check_fused(name: str, model: nn.Module, result: FusedModel) -> None:
     assert not stock
 
 
-def train(model: Any, tokens: Tensor) -> Iterator[tuple[float, float]]:
-    """(loss, gradient norm) of each step."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-3)
-    for _ in range(STEPS):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield float(loss.detach()), float(norm)
-
-
 @pytest.mark.parametrize("name", NAMED)
-def test_in_fp32_every_gradient_and_20_steps_are_stocks(name, make, step, close, tokens) -> None:
+def test_in_fp32_every_gradient_and_20_steps_are_stocks(name, make, step, close, curve) -> None:
     model, other = make(name), make(name)
     stock = step(model)
     result = apply(other, ALL)
     close(step(other), stock)
     check_fused(name, other, result)
-    curves = [list(train(m, tokens)) for m in (model, other)]
+    curves = [curve(m, STEPS, RATE) for m in (model, other)]
     assert curves[0][0][0] - curves[0][-1][0] > 0.005, "it does not learn"
     for (loss, norm), (our_loss, our_norm) in zip(*curves, strict=True):
         assert abs(our_loss - loss) < 1e-4
@@ -341,7 +329,7 @@ def dequantised(layer: Any) -> nn.Linear:
     return plain
 
 
-def check_16_bit(name: str, nf4: bool, make: Make, step: Run, tokens: Tensor) -> None:
+def check_16_bit(name: str, nf4: bool, make: Make, step: Run, curve: Callable[..., Any]) -> None:
     """No further from fp32 than twice stock's own distance: a step's gradients, 20 steps' curve."""
     model = make(name, torch.bfloat16, nf4)
     exact, ours = oracle(model), copy.deepcopy(model)
@@ -355,9 +343,9 @@ def check_16_bit(name: str, nf4: bool, make: Make, step: Run, tokens: Tensor) ->
         size = float(expected.norm()) if key == "loss" else max(float(expected.norm()), whole / 100)
         error, allowed = (float((x[key].float() - expected).norm()) / size for x in (got, stock))
         assert error <= 2 * allowed + 1e-2, (key, error, allowed)
-    curves = [torch.tensor(list(train(m, tokens))) for m in (exact, model, ours)]
+    curves = [torch.tensor(curve(m, STEPS, RATE)) for m in (exact, model, ours)]
     for column, what in enumerate(("loss", "gradient norm")):
-        reference, theirs, fused_one = (curve[:, column] for curve in curves)
+        reference, theirs, fused_one = (one[:, column] for one in curves)
         error, allowed = (
             float(((x - reference) / reference).abs().mean()) for x in (fused_one, theirs)
         )
@@ -368,13 +356,13 @@ def check_16_bit(name: str, nf4: bool, make: Make, step: Run, tokens: Tensor) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize("nf4", [False, True], ids=["bf16", "nf4"])
 @pytest.mark.parametrize("name", NAMED)
-def test_on_a_gpu_in_16_bit(name, nf4, make, step, tokens) -> None:
+def test_on_a_gpu_in_16_bit(name, nf4, make, step, curve) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
-    check_16_bit(name, nf4, make, step, tokens)
+    check_16_bit(name, nf4, make, step, curve)
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["bf16", "nf4"])
 @pytest.mark.parametrize("name", ["Llama 3.1, 3.3", "Phi-4 mini", "DeepSeek-V3", "Falcon 7B"])
-def test_in_16_bit(name, nf4, make, step, tokens) -> None:
-    check_16_bit(name, nf4, make, step, tokens)
+def test_in_16_bit(name, nf4, make, step, curve) -> None:
+    check_16_bit(name, nf4, make, step, curve)

@@ -41,21 +41,13 @@ def test_computed_states(lora, make_peft, step, close) -> None:
     assert {"lora_mlp", "lora_qkv", "lora_o", "rope"} <= called
 
 
-def test_dropout_trajectory_equals_stocks(make_peft, tokens) -> None:
+def test_dropout_trajectory_equals_stocks(make_peft, curve, tokens) -> None:
     curves = []
     for fuse in (False, True):
         model = make_peft("llama", lora_dropout=0.2)
         fused = apply(model, ALL) if fuse else None
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-3)
         torch.manual_seed(11)
-        for _ in range(3):
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            curves.append((float(loss.detach()), float(norm)))
+        curves += curve(model, 3, 1e-3)
     assert fused is not None and all(r.calls == 3 for r in fused.records)
     if tokens.is_cpu:  # on a GPU the masks depend on the dtype that PEFT casts to
         for (loss, norm), (our_loss, our_norm) in zip(curves[:3], curves[3:], strict=True):
