@@ -13,8 +13,9 @@ steps, stock (the best of transformers' ways, gradient checkpointing) and fused 
 without), NF4 and bf16, LoRA on the experts or not, with as many layers as fit: a guess from the
 free memory, halved until they do. On a CPU the numbers mean nothing.
 
-Stock on 4-bit experts is repaired first: PEFT 0.20 leaves the inner of two adapters out of its
-forward there (`patches/moe.py: ignored_adapters`), which would make it faster than it is.
+Stock on 4-bit experts is repaired first, as Axolotl does: PEFT 0.20 leaves the inner of two adapters
+out of its forward there, so it would be timed faster than it is and lorafuse would leave it alone
+(`patches/moe.py: ignored_adapters`).
 
 Writes $OUT/moe_step_times.json, after each result anew. What would begin after `--budget` seconds
 is skipped, and said. Exit code 1 where a check failed.
@@ -122,8 +123,7 @@ class Results:
         self.add("check", name, found)
 
 
-@contextmanager
-def stock_repaired() -> Iterator[None]:
+def repair_stock() -> None:
     """PEFT's nested wrappers read a 4-bit weight before its adapter is registered, and cache it."""
     original = ParamWrapper._activate_lora
 
@@ -134,10 +134,6 @@ def stock_repaired() -> Iterator[None]:
             yield
 
     ParamWrapper._activate_lora = activate
-    try:
-        yield
-    finally:
-        ParamWrapper._activate_lora = original
 
 
 def relative(ours: Tensor, exact: Tensor) -> float:
@@ -214,9 +210,8 @@ def check_models(results: Results, args: argparse.Namespace) -> None:
 
 def gradients(training: Training) -> dict[str, Tensor]:
     inputs = {name: tensor.to(training.device) for name, tensor in training.batch.items()}
-    with stock_repaired():
-        loss = training.model(**inputs, use_cache=False).loss
-        loss.backward()
+    loss = training.model(**inputs, use_cache=False).loss
+    loss.backward()
     found = {n: p.grad.clone() for n, p in training.model.named_parameters() if p.grad is not None}
     training.model.zero_grad(set_to_none=True)
     return found | {"loss": loss.detach()}
@@ -481,10 +476,9 @@ def steps(results: Results, case: Case, args: argparse.Namespace) -> bool:
 
     found: dict[str, Any] = {}
     checkpoint(model, True)
-    with stock_repaired():
-        for stock_way in STOCK_WAYS:
-            model.get_base_model().set_experts_implementation(stock_way)
-            found[f"stock, {stock_way}"] = attempt(again)
+    for stock_way in STOCK_WAYS:
+        model.get_base_model().set_experts_implementation(stock_way)
+        found[f"stock, {stock_way}"] = attempt(again)
     model.get_base_model().set_experts_implementation("grouped_mm")
     ran = [one for one in found.values() if "tokens_per_s" in one]
     for base in args.bases:
@@ -546,6 +540,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="small sizes; for a CPU")
     args = parser.parse_args()
     until = time.monotonic() + args.budget
+    repair_stock()
     if args.tiny:
         args.tokens, args.rank, args.steps = 32, 4, 1
     folder = Path(os.environ.get("OUT", "."))
