@@ -13,9 +13,9 @@ steps, stock (the best of transformers' ways, gradient checkpointing) and fused 
 without), NF4 and bf16, LoRA on the experts or not, with as many layers as fit: a guess from the
 free memory, halved until they do. On a CPU the numbers mean nothing.
 
-Stock on 4-bit experts is repaired first, as Axolotl does: PEFT 0.20 leaves the inner of two adapters
-out of its forward there, so it would be timed faster than it is and lorafuse would leave it alone
-(`patches/moe.py: ignored_adapters`).
+Stock on 4-bit experts is repaired first, as Axolotl does: PEFT 0.20 leaves the inner of two
+adapters out of its forward there, so it would be timed faster than it is and lorafuse would leave
+it alone (`patches/moe.py: ignored_adapters`).
 
 Writes $OUT/moe_step_times.json, after each result anew. What would begin after `--budget` seconds
 is skipped, and said. Exit code 1 where a check failed.

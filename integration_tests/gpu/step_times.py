@@ -58,7 +58,9 @@ class Timer:
     def time(self, name: str, warm_up: int = WARM_UP, **changes: int) -> None:
         """Median of whole steps that follow each other, and the peak of memory."""
         training = self.training(**changes)
-        peak = 0.0
+        peak = reserved = 0.0
+        if training.on_gpu:  # of graphs' memory only what is reserved tells
+            torch.cuda.empty_cache()
         try:
             for _ in range(warm_up):
                 training.timed_step()
@@ -73,13 +75,16 @@ class Timer:
         training.check()
         if training.on_gpu:
             peak = torch.cuda.max_memory_allocated() / 1e9
+            reserved = torch.cuda.max_memory_reserved() / 1e9
         median = statistics.median(steps)
         rate = 1e3 * training.job.batch * training.job.tokens / median
         spread = max(steps) - min(steps)
         self.times[name] = {
             "step_ms": median, "spread_ms": spread, "tokens_per_s": rate, "peak_GB": peak,
+            "reserved_GB": reserved,
         }  # fmt: skip
-        print(f"{name}: {median:.1f} ms, {rate:,.0f} tokens/s, {peak:.2f} GB", flush=True)
+        memory = f"{peak:.2f} GB, {reserved:.2f} reserved"
+        print(f"{name}: {median:.1f} ms, {rate:,.0f} tokens/s, {memory}", flush=True)
 
     def pair(self, name: str) -> None:
         self.time(name)
