@@ -87,6 +87,9 @@ class CudaRecorder:
     """CUDA graphs of one device."""
 
     def __init__(self, device: torch.device) -> None:
+        # A stream that is recorded cannot have freed what plain steps, or the set of graphs before,
+        # have left with the allocator: it would run out of memory instead.
+        torch.cuda.empty_cache()
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -295,11 +295,23 @@ def call_experts(module: nn.Module, h: Tensor) -> list[Tensor]:
     return [module.forward(x, index, weights)]
 
 
+def _take_away_what_is_left(base: Any, counts: dict[str, int]) -> bool:
+    """Whether a call has left parametrizations on `base` beside the first `counts` of each."""
+    found = False
+    for name, count in counts.items():
+        while len(base.parametrizations[name]) > count:
+            del base.parametrizations[name][-1]
+            found = True
+    return found
+
+
 def ignored_adapters(experts: Experts) -> str | None:
     """What PEFT leaves out of stock's forward here, or None.
 
     On parametrized (4-bit) experts the outer of two wrappers makes torch cache the inner one's
-    weight before its adapter is registered (PEFT 0.20; Axolotl repairs it).
+    weight before its adapter is registered (PEFT 0.20; Axolotl repairs it). PEFT 0.21 leaves its
+    own parametrizations behind and fails in the second forward: stock trains such experts not at
+    all, lorafuse does, and takes away what the one call in here has left.
     """
     if len(_chain(experts.module)) < 3 or not hasattr(experts.base, "parametrizations"):
         return None
@@ -310,9 +322,13 @@ def ignored_adapters(experts: Experts) -> str | None:
     device = lora[0].device if lora else torch.device("cpu")
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
         x = torch.ones(1, 4, hidden, device=device, dtype=state.dtype)
-        (y,) = call_experts(experts.module, x)
+        counts = {name: len(one) for name, one in experts.base.parametrizations.items()}  # type: ignore[operator,union-attr]
+        try:
+            (y,) = call_experts(experts.module, x)
+        finally:
+            stock_fails = _take_away_what_is_left(experts.base, counts)
         gradients = torch.autograd.grad(y.float().sum(), lora, allow_unused=True) if lora else ()
-    if all(gradient is not None for gradient in gradients):
+    if stock_fails or all(gradient is not None for gradient in gradients):
         return None
     return (
         "PEFT leaves the inner of two adapters on 4-bit experts out of its forward, and trains it "

@@ -107,6 +107,11 @@ class Timer:
         try:
             return run()
         finally:
+            rows = report.operations()
+            for name in ("fp8", "graphs"):
+                if name in rows and rows[name].found:
+                    row = rows[name]
+                    print(f"{name}: {row.called} called, {row.runtime_fallbacks}", flush=True)
             report.unfuse()
 
 

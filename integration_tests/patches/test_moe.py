@@ -38,6 +38,8 @@ from lorafuse.patches.weights import from_state
 
 from .conftest import SMALL
 
+# PEFT 0.21 leaves its own parametrizations on 4-bit experts, and fails in the second forward.
+PEFT_FAILS_IN_4_BIT = hasattr(ParamWrapper, "get_delta_factors")
 MOE = {"moe": True}
 ALL = dict.fromkeys(OPERATIONS, True)
 SIX = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
@@ -183,19 +185,6 @@ def test_16_bit_errors_are_at_most_twice_stocks(family, dtype, make, step, oracl
         assert errors[0] <= 2 * errors[1] + floor, (name, errors)
 
 
-@pytest.mark.parametrize("adapted", ["frozen", "gate/up", "down"])
-@pytest.mark.parametrize(("nested", "quant_type"), [(True, "nf4"), (False, "nf4"), (True, "fp4")])
-def test_4_bit_experts(adapted, nested, quant_type, make, step, close) -> None:
-    packed = four_bit_experts(CONFIGS["qwen3"](), torch.float32, nested, quant_type)
-    model = make(packed, ADAPTED[adapted])
-    stock = step(model)
-    fused = apply(model, MOE)
-    ours = step(model)
-    assert_fused(fused)
-    assert not any("PEFT leaves" in note for note in fused.notes)
-    close(ours, stock)
-
-
 def adapters_of_experts(model: Any) -> dict[tuple[str, str, str], str]:
     """(layer, weight, A or B) -> the adapter's name, however PEFT has nested the wrappers."""
     found = {}
@@ -207,11 +196,13 @@ def adapters_of_experts(model: Any) -> dict[tuple[str, str, str], str]:
     return found
 
 
-def both_adapted_in_4_bit(make) -> tuple[Any, Any, dict[str, str]]:
+def packed_and_plain(
+    make, family: str, adapted: str, nested: bool, quant_type: str = "nf4"
+) -> tuple[Any, Any, dict[str, str]]:
     """(a model of 4-bit experts, its twin with plain weights, the twin's names -> its own)."""
-    packed = four_bit_experts(CONFIGS["mixtral"](), torch.float32, True)
-    model = make(packed, ADAPTED["both"])
-    plain = make("mixtral", ADAPTED["both"])
+    packed = four_bit_experts(CONFIGS[family](), torch.float32, nested, quant_type)
+    model = make(packed, ADAPTED[adapted])
+    plain = make(family, ADAPTED[adapted])
     in_plain_weights(plain, model)
     names = {n: n for n, _ in plain.named_parameters() if "experts" not in n}
     theirs = adapters_of_experts(model)
@@ -219,6 +210,37 @@ def both_adapted_in_4_bit(make) -> tuple[Any, Any, dict[str, str]]:
     for name, twin in names.items():
         plain.get_parameter(name).data.copy_(model.get_parameter(twin).data)
     return model, plain, names
+
+
+@pytest.mark.parametrize("adapted", ["frozen", "gate/up", "down"])
+@pytest.mark.parametrize(("nested", "quant_type"), [(True, "nf4"), (False, "nf4"), (True, "fp4")])
+def test_4_bit_experts(adapted, nested, quant_type, make, step, close) -> None:
+    """As the same model with plain weights trains; stock's own forward fails with PEFT 0.21."""
+    model, plain, names = packed_and_plain(make, "qwen3", adapted, nested, quant_type)
+    exact = step(plain)
+    fused = apply(model, MOE)
+    ours = step(model)
+    assert_fused(fused)
+    assert not any("PEFT leaves" in note for note in fused.notes)
+    close({name: ours[names.get(name, name)] for name in exact}, exact)
+    fused.unfuse()
+    try:
+        stock = step(model)
+    except RuntimeError:
+        assert PEFT_FAILS_IN_4_BIT
+    else:
+        close(ours, stock)
+
+
+@pytest.mark.skipif(not PEFT_FAILS_IN_4_BIT, reason="see the next two")
+def test_4_bit_experts_with_two_adapters_where_stock_fails(make, step, close) -> None:
+    """Fused they train, step after step, as those of the same model with plain weights."""
+    model, plain, names = packed_and_plain(make, "mixtral", "both", True)
+    fused = apply(model, MOE)
+    for _ in range(2):
+        exact, ours = step(plain), step(model)
+        close({name: ours[names.get(name, name)] for name in exact}, exact)
+    assert all(r.fused and r.calls == 2 for r in moe_records(fused))
 
 
 def test_4_bit_experts_with_two_adapters_that_peft_repaired(make, step, close, monkeypatch) -> None:
@@ -232,7 +254,7 @@ def test_4_bit_experts_with_two_adapters_that_peft_repaired(make, step, close, m
             yield
 
     monkeypatch.setattr(ParamWrapper, "_activate_lora", activate)
-    model, plain, names = both_adapted_in_4_bit(make)
+    model, plain, names = packed_and_plain(make, "mixtral", "both", True)
     exact = step(plain)
     fused = apply(model, MOE)
     ours = step(model)
@@ -241,9 +263,10 @@ def test_4_bit_experts_with_two_adapters_that_peft_repaired(make, step, close, m
     close({name: ours[names.get(name, name)] for name in exact}, exact)
 
 
+@pytest.mark.skipif(PEFT_FAILS_IN_4_BIT, reason="this PEFT's stock forward fails: it is fused")
 def test_4_bit_experts_of_which_peft_leaves_an_adapter_out(make, step, close) -> None:
     """It trains as stock, and the report says what stock does."""
-    model, plain, _ = both_adapted_in_4_bit(make)
+    model, plain, _ = packed_and_plain(make, "mixtral", "both", True)
     stock = step(model)
     assert len(stock) < len(step(plain)), "PEFT trains both by now: drop `ignored_adapters`"
     fused = apply(model, MOE)
@@ -251,6 +274,7 @@ def test_4_bit_experts_of_which_peft_leaves_an_adapter_out(make, step, close) ->
     close(step(model), stock)
 
 
+@pytest.mark.skipif(PEFT_FAILS_IN_4_BIT, reason="no stock to compare with")
 def test_4_bit_in_bf16_with_an_fp32_stream(make, tokens) -> None:
     """As a k-bit prepared model trains: fp32 norms and stream, bf16 products, autocast."""
     model = make(four_bit_experts(CONFIGS["qwen3"](), torch.bfloat16, True), ADAPTED["gate/up"])
