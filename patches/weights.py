@@ -179,6 +179,11 @@ def from_state(data: Tensor, state: Any) -> Quantised4bit:
     if getattr(state, "packing_format_for_cpu", False):
         raise Unsupported("bitsandbytes has repacked its 4-bit weight for CPU inference")
     check_plain(data, "its base weight")
+    if state.absmax.device != data.device:
+        raise Unsupported(
+            f"its 4-bit weight is on {data.device} and the scales of it on {state.absmax.device}: "
+            "quantise on the GPU, for moving a module leaves the scales of parametrized weights"
+        )
     nested = state.nested
     *rows, columns = (int(n) for n in state.shape)
     return Quantised4bit(

@@ -108,6 +108,8 @@ def four_bit_experts(
     parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if torch.cuda.is_available():  # before it is packed: the scales of packed weights do not move
+        model.cuda()
     for module in list(model.modules()):
         if recognise_experts(module) is not None:
             for name in ("gate_up_proj", "down_proj"):

@@ -8,7 +8,7 @@ here, in bf16 and NF4 on a GPU (`-m gpu`).
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 SLIDING, FULL = "sliding_attention", "full_attention"
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
@@ -78,6 +79,16 @@ class Named:
         config_class: Any = getattr(transformers, f"{self.config}Config")
         config: PretrainedConfig = config_class(**{**SIZES, **self.changes})
         return config
+
+    def without_choice(self) -> "Named":
+        """Every token goes to every expert: a rounding can turn no choice over."""
+        experts = [self.changes[k] for k in EXPERT_COUNTS if k in self.changes]
+        if not experts:
+            return self
+        every = {"num_experts_per_tok": experts[0]}
+        if "n_group" in self.changes:
+            every["topk_group"] = self.changes["n_group"]
+        return replace(self, changes=self.changes | every)
 
 
 def fused(mlp: int, qkv: int, o: int, norms: int, rope: int, loss: int = 1) -> dict[str, int]:
@@ -272,6 +283,8 @@ Run = Callable[..., dict[str, Tensor]]
 def make(make_peft: Make) -> Make:
     def build(name: str, dtype: torch.dtype = torch.float32, nf4: bool = False) -> Any:
         named = NAMED[name]
+        if dtype != torch.float32:
+            named = named.without_choice()
         return make_peft(
             named.build(), dtype, nf4, attention=named.attention, target_modules=named.targets
         )
@@ -344,13 +357,16 @@ def check_16_bit(name: str, nf4: bool, make: Make, step: Run, curve: Callable[..
         error, allowed = (float((x[key].float() - expected).norm()) / size for x in (got, stock))
         assert error <= 2 * allowed + 1e-2, (key, error, allowed)
     curves = [torch.tensor(curve(m, STEPS, RATE)) for m in (exact, model, ours)]
-    for column, what in enumerate(("loss", "gradient norm")):
-        reference, theirs, fused_one = (one[:, column] for one in curves)
-        error, allowed = (
-            float(((x - reference) / reference).abs().mean()) for x in (fused_one, theirs)
-        )
-        # norms scatter by some percent in steps of 16 bit, stock's as well
-        assert error <= 2 * allowed + (1e-2 if column == 0 else 3e-2), (what, error, allowed)
+    # Of the steps' errors the median: a norm near zero makes one of them as large as it likes.
+    ours_off, stock_off = (
+        ((x - curves[0]) / curves[0]).abs().median(0).values.tolist()
+        for x in (curves[2], curves[1])
+    )
+    # norms scatter by some percent in steps of 16 bit, stock's as well
+    for what, error, allowed, floor in zip(
+        ("loss", "gradient norm"), ours_off, stock_off, (1e-2, 3e-2), strict=True
+    ):
+        assert error <= 2 * allowed + floor, (what, error, allowed)
 
 
 @pytest.mark.gpu
