@@ -164,6 +164,9 @@ class FusedModel:
         self.binding.undo()
         if self.checkpointing is not None:
             self.checkpointing.undo()
+        for record in self.records:
+            if isinstance(record, GraphRecord) and record.graphs is not None:
+                record.graphs.forget()  # whoever keeps the report does not keep a step's memory
 
 
 @dataclass(frozen=True, eq=False)

@@ -274,6 +274,10 @@ class LayerGraphs:
         self.__init__(state["recorder"])  # type: ignore[misc]
         self.layers = state["layers"]
 
+    def forget(self) -> None:
+        """Lets the graphs and their memory go."""
+        self._key, self._recorded, self._keeps = None, {}, []
+
     def flight(self) -> _Flight | None:
         """The last forward pass by graphs, if anything of it is left."""
         return None if self._flight is None else self._flight()
@@ -370,8 +374,7 @@ class LayerGraphs:
             return "LoRA drops out: its masks are drawn anew in each step"
         if any(w.requires_grad for one in last for w in (*one.head_norms, *one.post_norms)):
             return "a norm is trained"
-        # The memory of the set before is free again.
-        self._key, self._recorded, self._keeps = None, {}, []
+        self.forget()
         self._sets += 1
         try:
             with torch.enable_grad():

@@ -96,7 +96,14 @@ def near(ours, stock, exact) -> None:
 
 @pytest.mark.parametrize(
     ("by_token", "rank", "N", "K"),
-    [(True, 0, 24, 33), (False, 4, 24, 33), (True, 17, 38, 16), (False, 1, 1, 40)],
+    [
+        (True, 0, 24, 33),
+        (False, 4, 24, 33),
+        (True, 17, 38, 16),
+        (False, 1, 1, 40),
+        (False, 32, 64, 64),
+        (True, 64, 40, 128),
+    ],
 )
 def test_grouped_linear(randn, dtype, rows, by_token, rank, N, K) -> None:
     E, S = rows.ends.shape[0], rows.rows

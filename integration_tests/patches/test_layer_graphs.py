@@ -4,6 +4,7 @@ On a GPU these are CUDA graphs; on a CPU `graph_emulation` stands in for them.
 """
 
 import copy
+import weakref
 from functools import partial
 from typing import Any
 
@@ -316,7 +317,10 @@ def test_a_copy_records_its_own_and_unfuse_lets_go(make_peft, step, equal) -> No
     equal(step(other), expected)
     theirs = other.get_base_model().model.layers[0].forward.graphs
     assert theirs is not graphs_of(result) and theirs.replays == 2
+    kept = [weakref.ref(tensor) for tensor in graphs_of(result)._keeps]
+    assert kept
     result.unfuse()
+    assert not any(tensor() is not None for tensor in kept)
     assert "forward" not in model.get_base_model().model.layers[0].__dict__
 
 
