@@ -58,11 +58,14 @@ lint: $(READY)
 	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy -p lorafuse
 
-# Each suite leaves its closing line for the end of `make test`. One thread: tiny models are computed
-# faster by one than by threads that wait for each other.
+# Each suite leaves its closing line for the end of `make test`. One thread a process: tiny models are
+# computed faster by one than by threads that wait for each other. A file stays in one process, for
+# what its tests share is made once; whoever is done first takes over what is left.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); echo $$((n < 8 ? n : 8)))
 define suite
 	@mkdir -p .demo && rm -f .demo/test-$(1).summary
-	OMP_NUM_THREADS=1 $(2) $(BIN)/python -m pytest -q --durations=8 $(3) | tee .demo/test-$(1).log
+	OMP_NUM_THREADS=1 $(2) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=8 $(3) \
+	  | tee .demo/test-$(1).log
 	@echo "$(1): $$(tail -n 1 .demo/test-$(1).log)" > .demo/test-$(1).summary
 endef
 

@@ -59,6 +59,8 @@ _CPU_CHUNK_BYTES = 64 * 2**20
 # dW is summed in blocks of this many words, so that its fp32 temporary stays at some 256 MB.
 _WEIGHT_BLOCK = 16384
 _SCALED_ROWS = 8192  # of d(hidden) are scaled in fp32 at a time
+# A GEMM over so many words more or less has 16-byte rows; what is left of V goes by itself.
+_WORD_TILE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +146,19 @@ class _Setting:
     dtype: torch.dtype  # of the GEMMs
     gradients: bool
     max_rows: int | None
+
+
+def _word_parts(vocabulary: int) -> list[slice]:
+    """The words that the head's GEMMs take together.
+
+    All, where their number is a multiple of 8. Else (a vocabulary with a few words added; Granite's
+    49,155) the whole tiles, and the few that are left: an odd length of the sum G W, or of a row
+    of Z, would cost the tensor cores' fast kernels.
+    """
+    whole = vocabulary - vocabulary % _WORD_TILE
+    if vocabulary % 8 == 0 or whole == 0:
+        return [slice(0, vocabulary)]
+    return [slice(0, whole), slice(whole, vocabulary)]
 
 
 def _add_weight_gradient_(dW: Tensor, G: Tensor, X: Tensor) -> None:
@@ -253,6 +268,7 @@ def _forward(
     chunk = chunk_rows(N, V, dtype.itemsize, limit)
     # Rows start at multiples of 64 words: aligned for 16-byte loads and for cuBLAS, whatever V is.
     buffer = hidden.new_empty(min(chunk, N), -(-V // 64) * 64, dtype=dtype)[:, :V]
+    parts = _word_parts(V)
     loss = hidden.new_empty(N, dtype=accumulate)
     entropy = torch.empty_like(loss)
     prediction = torch.empty_like(labels)
@@ -261,10 +277,11 @@ def _forward(
         part = slice(start, min(start + chunk, N))
         X = (hidden[part] if all_rows else hidden.index_select(0, rows[part])).to(dtype)
         Z = buffer[: X.shape[0]]
-        if b is None:
-            torch.mm(X, W.t(), out=Z)
-        else:
-            torch.addmm(b, X, W.t(), out=Z)
+        for words in parts:
+            if b is None:
+                torch.mm(X, W[words].t(), out=Z[:, words])
+            else:
+                torch.addmm(b[words], X, W[words].t(), out=Z[:, words])
         if A is not None and B is not None:
             XA = X @ A.t()
             Z.addmm_(XA, B.t(), alpha=s)
@@ -275,7 +292,9 @@ def _forward(
             continue
         G = Z
         if dX is not None:
-            torch.mm(G, W, out=dX[part])
+            torch.mm(G[:, parts[0]], W[parts[0]], out=dX[part])
+            for words in parts[1:]:
+                dX[part].addmm_(G[:, words], W[words])
         if A is not None and B is not None:
             GB = G @ B
             if dX is not None:
