@@ -6,8 +6,8 @@
 
 Each model is cut to a few layers, so that twenty of them fit into a lease: the head, which
 `fused_cross_entropy` serves, weighs more than in the whole model, and the ratios are those of the
-layers and the head together. NF4 (experts, which PEFT's `all-linear` leaves alone, in bf16), LoRA
-on all linear layers, 8-bit AdamW. The same step first, stock and fused: loss and gradient norm.
+layers and the head together. NF4 (experts in bf16), LoRA on all linear layers (PEFT's `all-linear`
+takes the experts along), 8-bit AdamW. The same step first, stock and fused: loss and gradient norm.
 Then whole steps: stock with the trainer's checkpointing (how 7B and larger are trained), stock
 without, fused with `selective`, fused without recomputation.
 """
@@ -248,7 +248,15 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def page(files: list[Path]) -> str:
+    """The table of what `--json` has written into `files`."""
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged |= json.loads(file.read_text(encoding="utf-8"))["families"]
+    return table({name: merged[name] for name in FAMILIES if name in merged})
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="part of a family's name")
     parser.add_argument("--part", default="1/1", help="of the families, I/N: one a GPU")
@@ -262,11 +270,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small sizes; for a CPU")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path, nargs="*", help="files of --json: print the table")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.markdown:
-        parts = [json.loads(path.read_text(encoding="utf-8"))["families"] for path in args.markdown]
-        merged = {name: one for part in parts for name, one in part.items()}
-        print(table({name: merged[name] for name in FAMILIES if name in merged}))
+        print(page(args.markdown))
         return
     if args.tiny:
         args.tokens, args.rank, args.steps, args.layers = 32, 4, 1, 2

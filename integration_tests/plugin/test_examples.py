@@ -36,6 +36,7 @@ def test_the_promised_examples_are_there() -> None:
         "llama-3.1-8b-lora",
         "llama-3.1-8b-qlora",
         "llama-3.1-8b-qlora-long",
+        "llama-3.1-8b-qlora-short",
         "qwen3-8b-qlora",
         "gemma-2-9b-qlora",
     }
