@@ -60,11 +60,11 @@ lint: $(READY)
 
 # Each suite leaves its closing line for the end of `make test`. One thread a process: tiny models are
 # computed faster by one than by threads that wait for each other. A file stays in one process, for
-# what its tests share is made once; whoever is done first takes over what is left.
+# what its tests share is made once; in the order of collection, the longest (e2e) come first.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); echo $$((n < 8 ? n : 8)))
 define suite
 	@mkdir -p .demo && rm -f .demo/test-$(1).summary
-	OMP_NUM_THREADS=1 $(2) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=8 $(3) \
+	OMP_NUM_THREADS=1 $(2) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=8 $(3) \
 	  | tee .demo/test-$(1).log
 	@echo "$(1): $$(tail -n 1 .demo/test-$(1).log)" > .demo/test-$(1).summary
 endef

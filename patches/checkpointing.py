@@ -74,6 +74,7 @@ class LayerSizes:
         heads: of queries.
         shares_heads: there are fewer heads of keys.
         norms_behind: the blocks' outputs are normed, too.
+        scaled: they are scaled before they are added.
         window: of sliding attention, in tokens; None: full attention.
         gradients: bytes of the adapters' gradients, which backward leaves.
     """
@@ -87,6 +88,7 @@ class LayerSizes:
     heads: int = 32
     shares_heads: bool = True
     norms_behind: bool = False
+    scaled: bool = False
     window: int | None = None
     gradients: int = 0
 
@@ -139,7 +141,8 @@ class LayerSizes:
         W_qkv, W_o = N * (H + f_qkv), H * (A + f_o)
         W_gate_up, W_down = self.gate_up * (H + f_gate_up), H * (inner + f_down)
         again = mode != OFF
-        behind = H * self.norms_behind
+        apart = self.norms_behind or self.scaled  # the residual is added behind the block
+        behind = H * apart
         gate_up = rows * (self.gate_up + f_gate_up) if again else 0
         # What is written once for several products: W of gate/up, of down too with several tiles.
         keeps = rows >= H and (again or tiles > 1)
@@ -155,7 +158,7 @@ class LayerSizes:
             T * (H + f_qkv) + W_qkv + (T * N if again else 0),
         )
         dh, dh2 = T * (H + f_down), T * (H + f_o)
-        through = T * (2 * H + f_down) * self.norms_behind  # dd, and a or dh2
+        through = T * (2 * H + f_down) * apart  # dd, and a or dh2
         h2 = T * H if again else 0
         mlp = dh + through + h2 + max(
             (dh2 if tiles > 1 else 0) + gate_up + in_tile,
@@ -167,7 +170,7 @@ class LayerSizes:
         workspace = T * (2 * A * self.shares_heads * itemsize + _FP32 * (A + self.heads))
         qkv = T * (N + self.rotated) if again else 0
         turned = T * self.rotated
-        attention = dh2 + T * (H + f_o) * self.norms_behind - gone + max(
+        attention = dh2 + T * (H + f_o) * apart - gone + max(
             T * A + qkv + T * (H + f_qkv) + W_qkv,
             T * A + qkv + T * N + workspace // itemsize,
             qkv + T * N + turned,

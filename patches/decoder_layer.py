@@ -5,7 +5,8 @@
     h2      = h + o(a)                    one Function, `kernels.lora_o`
     h3      = h2 + mlp(norm_2(h2))        one Function, `kernels.lora_mlp`
 
-With norms behind the blocks (Gemma 2 and 3), the residual is added after them.
+With norms behind the blocks (Gemma 2 and 3), the residual is added after them; where the blocks are
+scaled (Granite), with the scale in the same kernel.
 
 What is kept of it for backward is `checkpointing`'s to say: with a tape, q, k, v and h2 are stages
 that run again, and gate/up are computed again within their Function. Where all is kept,
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lorafuse.kernels.lora_linear import (
@@ -38,7 +40,7 @@ from lorafuse.patches.layer_graphs import LayerGraphs, identity
 from lorafuse.patches.mlp import MlpReader
 from lorafuse.patches.norms import apply_norm, prologue
 from lorafuse.patches.recomputation import Note, Tape, run_stage
-from lorafuse.patches.structure import DecoderLayer
+from lorafuse.patches.structure import DecoderLayer, RmsNorm
 from lorafuse.patches.weights import WeightFormat
 
 
@@ -145,6 +147,7 @@ class FusedDecoderLayer(FusedForward):
             heads=heads.query,
             shares_heads=heads.query != heads.key_value,
             norms_behind=self.layer.mlp_post_norm is not None,
+            scaled=self.layer.residual_scale != 1.0,
             window=window if isinstance(window, int) else None,
             gradients=sum(gradient_bytes(group, padded=i < 3) for i, group in enumerate(groups)),
         )
@@ -227,9 +230,15 @@ class FusedDecoderLayer(FusedForward):
         add = partial(self.add_attention, output=prepared.output)
         h2: Tensor = run_stage(tape, add, [prepared.output], attended, h)
         keep = tape is None
-        if post_2 is None:
+        if post_2 is None and self.layer.residual_scale == 1.0:
             return self.mlp(h2, mlp, norm_2, True, keep, tile_rows)
-        return h2 + apply_norm(post_2, self.mlp(h2, mlp, norm_2, False, keep, tile_rows))
+        return self.add(post_2, self.mlp(h2, mlp, norm_2, False, keep, tile_rows), h2)
+
+    def add(self, post: RmsNorm | None, block: Tensor, h: Tensor) -> Tensor:
+        """h + [norm](block), or h + s block with one rounding."""
+        if post is not None:
+            return h + apply_norm(post, block)
+        return torch.add(h, block, alpha=self.layer.residual_scale)
 
     def head_norms(self) -> tuple[Tensor, ...]:
         norms = self.attention.q_norm, self.attention.k_norm
@@ -242,11 +251,13 @@ class FusedDecoderLayer(FusedForward):
     def add_attention(self, note: Note, o: Tensor, h: Tensor, output: LoraProjection) -> Tensor:
         """h2 = h + o(attention), with the norm behind o where there is one."""
         post = self.layer.attention_post_norm
-        a = lora_o(o, output, h if post is None else None)
-        note(a)
-        if post is None:
+        plain = post is None and self.layer.residual_scale == 1.0
+        a = lora_o(o, output, h if plain else None)
+        if plain or post is not None:
+            note(a)
+        if plain:
             return a
-        h2 = h + apply_norm(post, a)
+        h2 = self.add(post, a, h)
         note(h2)
         return h2
 

@@ -82,9 +82,10 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class DecoderLayer:
-    """h2 = h + [norm](attention(norm(h))); h3 = h2 + [norm](mlp(norm(h2))).
+    """h2 = h + s [norm](attention(norm(h))); h3 = h2 + s [norm](mlp(norm(h2))).
 
-    The norms in brackets stand behind the block in Gemma 2 and 3, and are None elsewhere.
+    The norms in brackets stand behind the block in Gemma 2 and 3, and are None elsewhere; s, the
+    `residual_scale`, is 1 but in Granite.
     """
 
     module: nn.Module
@@ -95,6 +96,7 @@ class DecoderLayer:
     attention_post_norm: RmsNorm | None = None
     mlp_post_norm: RmsNorm | None = None
     dropouts: tuple[nn.Dropout, ...] = field(default=())
+    residual_scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,6 +361,12 @@ def recognise_attention(module: nn.Module) -> Attention | None:
     return Attention(module, projections.qkv, projections.o, size, *heads, *norms)
 
 
+def _residual_scale(layer: nn.Module) -> float:
+    """What the blocks' outputs are multiplied by; read by its name, proven like the rest."""
+    value = getattr(layer, "residual_multiplier", 1.0)
+    return float(value) if isinstance(value, int | float) else 1.0
+
+
 def recognise_decoder_layer(module: nn.Module) -> DecoderLayer | None:
     """One attention, one gated MLP, and two norms in front of them (and two behind, or none)."""
     attention: Attention | None = None
@@ -381,7 +389,10 @@ def recognise_decoder_layer(module: nn.Module) -> DecoderLayer | None:
     if next(module.parameters(recurse=False), None) is not None:
         return None
     if len(norms) == 2:
-        return DecoderLayer(module, attention, mlp, norms[0], norms[1], dropouts=tuple(dropouts))
+        return DecoderLayer(
+            module, attention, mlp, norms[0], norms[1],
+            dropouts=tuple(dropouts), residual_scale=_residual_scale(module),
+        )  # fmt: skip
     before, after, before_mlp, after_mlp = norms
     if getattr(module, "post_self_attn_layernorm", None) is before_mlp.module:  # as GLM-4 declares
         after, before_mlp = before_mlp, after

@@ -310,19 +310,21 @@ class Step:
         return layer.window is not None and self.workload.tokens >= layer.window
 
     def o(self, i: int, layer: LayerShape, group: GroupShape, again: bool = False) -> None:
-        out = "a" if layer.post_norms else "h2"
+        out = "a" if layer.adds_apart else "h2"
         self._project(i, group, out, self.T * group.N, "oA", normed=False, again=again)
         if layer.post_norms:
             if not again:
                 self.hold("a rstd", i, FP32 * self.T)
             self._post_norm("h2", i, group.N)
+        elif layer.scaled:
+            self._scaled("a", ("h2", i), i, group.N)
 
     def mlp(self, i: int, layer: LayerShape, groups: LayerGroups) -> None:
         """Its output first, then tile by tile; gate/up stay in `off` alone."""
         T, ledger, first, second = self.T, self.ledger, groups.gate_up, groups.down
         count, rows = self.tile(i)
         self.keeps = {"first", "second"} if count > 1 and rows >= first.K else set()
-        out = ("d", i) if layer.post_norms else ("h", i + 1)
+        out = ("d", i) if layer.adds_apart else ("h", i + 1)
         self.hold(*out, BF16 * T * second.N)
         for name, width in (("gA", first.fold_forward), ("mA", second.fold_forward)):
             self.hold(name, i, BF16 * T * width)
@@ -337,6 +339,8 @@ class Step:
         if layer.post_norms:
             self.hold("d rstd", i, FP32 * T)
             self._post_norm("h", i + 1, second.N)
+        elif layer.scaled:
+            self._scaled("d", ("h", i + 1), i, second.N)
 
     def gate_up(self, i: int, group: GroupShape, rows: int) -> None:
         """gate/up of a tile: beside the normed input and W."""
@@ -379,6 +383,11 @@ class Step:
         self.ledger.hold("normed", size)
         self.hold(out, i, size)
         self.ledger.drop("normed")
+
+    def _scaled(self, block: str, out: tuple[str, int], i: int, features: int) -> None:
+        """h2 = h + s a, or the next h = h2 + s d: nothing is kept of a and d."""
+        self.hold(*out, BF16 * self.T * features)
+        self.ledger.drop(f"{block} {i}")
 
     # --- between -------------------------------------------------------------------------------
 
@@ -436,7 +445,7 @@ class Step:
 
     def room_for_down(self, i: int) -> int:
         """Columns beside the gradient of layer `i`'s output, for the one that reads it."""
-        if i < 0 or self.layers[i][0].post_norms:
+        if i < 0 or self.layers[i][0].adds_apart:
             return 0  # the embedding asks for none, nor does a sum
         return self.layers[i][1].down.gradient_room(self.tile(i)[1])
 
@@ -453,6 +462,8 @@ class Step:
             room = groups.down.gradient_room(self.tile(i)[1])
             ledger.hold("dd", BF16 * self.T * (layer.hidden + room))
             self.release(i, "d", "d rstd")
+        elif layer.scaled:
+            ledger.hold("dd", BF16 * self.T * layer.hidden)
         if again:
             self.o(i, layer, groups.o, again)
         self.mlp_backward(i, layer, groups)
@@ -473,8 +484,10 @@ class Step:
         T, ledger, H, again = self.T, self.ledger, layer.hidden, self.modes[i] != OFF
         first, second = groups.gate_up, groups.down
         count, rows = self.tile(i)
-        has_room = second.gradient_room(rows) > 0
-        room_for_o = 0 if layer.post_norms else groups.o.gradient_room(T)
+        # Where dY has come without room for G, it may be copied to where it has.
+        copies = layer.scaled and second.folds_backward(rows, copies_input=True)
+        has_room = copies if layer.scaled else second.gradient_room(rows) > 0
+        room_for_o = 0 if layer.adds_apart else groups.o.gradient_room(T)
         self.keeps = set()
         if rows >= first.K:
             self.keeps = ({"first"} if again else set()) | (
@@ -485,12 +498,14 @@ class Step:
                 ledger.hold("again", (FP32 + BF16 * first.fold_forward) * rows)
                 self.gate_up(i, first, rows)
                 ledger.drop("again")
+            if copies:
+                ledger.hold("dd G", BF16 * rows * (H + second.fold_backward))
             if not has_room:
                 ledger.hold("G", BF16 * rows * second.fold_backward)
             ledger.hold("dm", BF16 * rows * second.K)
             self.weight("second", second, second.backward_weight_bytes(has_room))
             self.gradients(i, groups, "mlp", more=tile > 0)
-            ledger.drop("G", "dm")
+            ledger.drop("G", "dm", "dd G")
             folds = first.folds_backward(rows, copies_input=False)
             if not folds:
                 ledger.hold("G", BF16 * rows * first.fold_backward)
@@ -514,11 +529,16 @@ class Step:
             ledger.drop(f"h2 {i}")
             ledger.hold("da", BF16 * T * (group.N + room))
             self.release(i, "a", "a rstd")
+        elif layer.scaled:
+            ledger.hold("da", BF16 * T * group.N)
+            room = group.fold_backward if group.folds_backward(T, copies_input=True) else 0
+            if room:
+                ledger.hold("da G", BF16 * T * (group.N + room))
         if not room:
             ledger.hold("G", BF16 * T * group.fold_backward)
         ledger.hold("do", BF16 * T * group.K)
         ledger.brief(group.backward_weight_bytes(room > 0))
-        ledger.drop("G", "da")
+        ledger.drop("G", "da", "da G")
         self.release(i, "oA")
 
     def attention_backward(self, i: int, layer: LayerShape) -> None:

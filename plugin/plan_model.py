@@ -45,6 +45,7 @@ class LayerShape:
         query_heads, key_value_heads, head_size: of the attention.
         head_norms: norms on q's and k's heads (Qwen3).
         post_norms: norms behind both blocks (Gemma 2).
+        scaled: both blocks' outputs are scaled before they are added (Granite).
         window: of sliding attention, in tokens; None: full attention.
     """
 
@@ -57,7 +58,13 @@ class LayerShape:
     head_size: int
     head_norms: bool = False
     post_norms: bool = False
+    scaled: bool = False
     window: int | None = None
+
+    @property
+    def adds_apart(self) -> bool:
+        """Whether the residual is added outside of the block's last product."""
+        return self.post_norms or self.scaled
 
     @property
     def hidden(self) -> int:
@@ -179,5 +186,6 @@ def _shape(layer: DecoderLayer, names: dict[int, str]) -> LayerShape:
         head_size=attention.head_size,
         head_norms=attention.q_norm is not None and attention.k_norm is not None,
         post_norms=layer.mlp_post_norm is not None,
+        scaled=layer.residual_scale != 1.0,
         window=window if isinstance(window, int) else None,
     )

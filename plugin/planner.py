@@ -180,6 +180,7 @@ def layer_sizes(workload: Workload, layer: LayerShape) -> LayerSizes:
         heads=heads,
         shares_heads=heads != layer.key_value_heads,
         norms_behind=layer.post_norms,
+        scaled=layer.scaled,
         window=layer.window,
         gradients=sum(gradient_bytes(workload, groups, block) for block in ("attention", "mlp")),
     )

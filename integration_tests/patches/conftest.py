@@ -15,6 +15,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -49,6 +50,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma3": lambda: Gemma3TextConfig(**SMALL, **HEAD, **WINDOW, query_pre_attn_scalar=16),
     "phi3": lambda: Phi3Config(**SMALL),
     "glm4": lambda: Glm4Config(**SMALL, **HEAD),
+    "granite": lambda: GraniteConfig(**SMALL, residual_multiplier=0.22, embedding_multiplier=12.0),
     "ernie": lambda: Ernie4_5Config(**SMALL, **HEAD),
     "smollm3": lambda: SmolLM3Config(**SMALL, no_rope_layers=[1, 0]),
 }

@@ -17,7 +17,8 @@ from lorafuse.patches.checkpointing import AUTO, MODES, OFF, OFFLOAD, SELECTIVE,
 from .conftest import FAMILIES as FAMILY_CONFIGS
 
 ALL = dict.fromkeys(OPERATIONS, True)
-FAMILIES = ["llama", "llama-biased", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "phi3"]
+FAMILIES = ["llama", "llama-biased", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "phi3",
+            "granite"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +160,7 @@ def counting(device: torch.device) -> Iterator[Callable[[], int]]:
         recomputation.Tape._pack = pack
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "granite"])
 def test_only_the_input_and_attentions_output_are_kept(family, make_peft, tokens, device) -> None:
     # As many heads of keys as of queries: no backend repeats them.
     config = FAMILY_CONFIGS[family]()

@@ -17,6 +17,7 @@ FAMILIES = [
     "gemma3",
     "phi3",
     "glm4",
+    "granite",
     "ernie",
     "smollm3",
 ]

@@ -20,7 +20,8 @@ from lorafuse.patches.checkpointing import OFF, SELECTIVE
 from lorafuse.patches.layer_graphs import MOST, OPERATION, WARM
 
 ALL = dict.fromkeys(OPERATIONS, True)
-# Biases, norms on heads, norms behind the blocks, one projection for q/k/v, layers without RoPE.
+# Biases, norms on heads, norms behind the blocks, one projection for q/k/v, layers without RoPE,
+# scaled blocks.
 CASES = [
     ("llama", True),
     ("llama-biased", False),
@@ -28,6 +29,7 @@ CASES = [
     ("gemma2", False),
     ("phi3", True),
     ("smollm3", False),
+    ("granite", False),
 ]
 
 

@@ -221,7 +221,7 @@ NAMED: dict[str, Named] = {
          "rope_parameters": {**YARN, "truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}},
         layers=0, fused=fused(0, 2, 2, 5, 0), attention="eager", targets=EXPERTS,
     ),
-    "Granite 3": Named("Granite", GRANITE, layers=0, fused=fused(2, 2, 2, 5, 2)),
+    "Granite 3": Named("Granite", GRANITE, fused=WHOLE),
     "Command R": Named(
         "Cohere", {"num_key_value_heads": 4, "logit_scale": 0.0625}, layers=0,
         fused=fused(2, 2, 2, 0, 2),

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import Gemma2Config, GraniteConfig, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from lorafuse import FuseConfig, fuse
 from lorafuse.kernels import linear_cross_entropy, lora_linear, lora_mlp, lora_qkv, rms_norm, rope
@@ -58,6 +58,9 @@ FAMILIES = {
     "llama": LlamaConfig,
     "qwen3": Qwen3Config,
     "gemma2": lambda **sizes: Gemma2Config(**sizes, sliding_window=1024),
+    "granite": lambda **sizes: GraniteConfig(
+        **{k: v for k, v in sizes.items() if k != "head_dim"}, residual_multiplier=0.22
+    ),
 }
 
 
@@ -242,6 +245,7 @@ def check(family: str, quant: str, words: int, modes: Sequence[str], layers: int
         ("llama", "nf4", 8000),
         ("qwen3", "nf4", 128),
         ("gemma2", "nf4", 128),
+        ("granite", "nf4", 128),
     ],
 )
 @pytest.mark.parametrize("mode", MODES)
