@@ -28,7 +28,7 @@ from lorafuse.kernels.rope import reference as rope_reference
 from lorafuse.kernels.rope import rope
 from lorafuse.kernels.varlen_attention import serves, varlen_attention
 from lorafuse.patches.adapters import LinearReader
-from lorafuse.patches.bind import FusedForward, Unsupported
+from lorafuse.patches.bind import KV_CACHES, FusedForward, Unsupported
 from lorafuse.patches.documents import DocumentFinder, Layout
 from lorafuse.patches.norms import apply_norm, prologue
 from lorafuse.patches.recomputation import Note, ignore
@@ -46,7 +46,6 @@ _BACKENDS = [
 
 # Tensors that the fused form reads, or leaves to the attention function.
 _READ = ("hidden_states", "attention_mask", "position_bias", "position_embeddings")
-_CACHES = ("past_key_values", "past_key_value")
 
 # What a batch's mask became.
 CAUSAL = "plain causal attention, its mask saying no more"
@@ -428,7 +427,7 @@ def _others(value: Any) -> Any:
 def ignores(stock: Callable[..., Any], arguments: Mapping[str, Any], name: str) -> bool:
     """Whether a module's stock forward, called so, gives the same bits whatever `name` holds."""
     value = arguments[name]
-    arguments = dict(arguments) | {one: None for one in _CACHES if one in arguments}
+    arguments = dict(arguments) | {one: None for one in KV_CACHES if one in arguments}
     outputs = []
     devices = {x.device for x in tree_leaves(value) if x.is_cuda}
     with torch.random.fork_rng(devices), torch.no_grad():
@@ -450,7 +449,7 @@ def take_cache(arguments: dict[str, Any], training: bool) -> Any:
     """
     if arguments.get("output_attentions"):
         raise Unsupported("attention weights were asked for")
-    caches = [arguments.pop(name, None) for name in _CACHES]
+    caches = [arguments.pop(name, None) for name in KV_CACHES]
     cache = next((c for c in caches if c is not None), None)
     if cache is not None and not training:
         raise Unsupported("it was called with a KV cache (generation)")

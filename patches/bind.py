@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from lorafuse.patches.signature import plain
 
+# Where transformers passes a KV cache: from 5.24 on by the first name, before by the others.
+KV_CACHES = ("cache", "past_key_values", "past_key_value")
 # What transformers passes to decoder layers and attention, and the fused forwards know.
 KNOWN_ARGUMENTS = frozenset(
     (
@@ -21,8 +23,7 @@ KNOWN_ARGUMENTS = frozenset(
         "attention_mask",
         "position_ids",
         "position_embeddings",
-        "past_key_values",
-        "past_key_value",
+        *KV_CACHES,
         "use_cache",
         "cache_position",
         "output_attentions",

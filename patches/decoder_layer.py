@@ -13,13 +13,14 @@ that run again, and gate/up are computed again within their Function. Where all 
 `layer_graphs` may replay what it has recorded of the parts before and behind attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafuse.kernels.lora_linear import (
     LoraProjection,
@@ -153,6 +154,13 @@ class FusedDecoderLayer(FusedForward):
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.checkpointing is None:
+            function = trainers_function(self.module)
+            if function is not None:
+                return function(partial(self.run, **kwargs), *args)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
         try:
             arguments = self.arguments(args, kwargs)
@@ -266,6 +274,24 @@ class FusedDecoderLayer(FusedForward):
         if self.checkpointing is not None:
             return self.checkpointing.stock(self.stock, *args, **kwargs)
         return self.stock(*args, **kwargs)
+
+
+def trainers_function(module: Any) -> Callable[..., Any] | None:
+    """By what the trainer checkpoints this call of a layer, where our forward has taken that over.
+
+    transformers does it around a layer's `forward` from 5.24 on, and there stands ours; before, it
+    did in `__call__`, around ours.
+    """
+    if not (
+        isinstance(module, GradientCheckpointingLayer)
+        and "__call__" not in GradientCheckpointingLayer.__dict__
+        and getattr(module, "gradient_checkpointing", False)
+        and module.training
+        and torch.is_grad_enabled()
+    ):
+        return None
+    function: Callable[..., Any] | None = getattr(module, "_gradient_checkpointing_func", None)
+    return function
 
 
 def fold(readers: Sequence[LinearReader]) -> int:

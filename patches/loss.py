@@ -30,7 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutput
 
 from lorafuse.kernels.lora_linear import LoraProjection
 from lorafuse.patches.adapters import LinearReader
-from lorafuse.patches.bind import FusedForward, Unsupported
+from lorafuse.patches.bind import KV_CACHES, FusedForward, Unsupported
 from lorafuse.patches.deferred_logits import DeferredLogits, HeadCall, LabelBound
 from lorafuse.patches.hooks import has_live_hooks
 from lorafuse.patches.weights import WeightReader, check_plain
@@ -205,7 +205,7 @@ class FusedCausalLoss(FusedForward):
             return "torch.compile is tracing the forward"
         if self._argument("labels", args, kwargs) is None:
             return "no labels were passed: the caller wants logits"
-        if self._argument("past_key_values", args, kwargs) is not None:
+        if any(self._argument(name, args, kwargs) is not None for name in KV_CACHES):
             return "a KV cache is in use"
         if has_live_hooks(self.head.head):
             return "a hook on the head has to run"

@@ -289,6 +289,10 @@ def _prepared_copy(block: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, module in replica.named_modules():
             module.__dict__.pop("forward", None)
+            if (
+                "gradient_checkpointing" in module.__dict__
+            ):  # from transformers 5.24 on in `forward`
+                module.gradient_checkpointing = False  # type: ignore[assignment]
             for hooks in (
                 module._forward_hooks,
                 module._forward_pre_hooks,

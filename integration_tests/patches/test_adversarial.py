@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import GraniteConfig, OlmoConfig
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer
 from transformers.models.llama import modeling_llama as llama
 
 from lorafuse.patches.apply import OPERATIONS, apply
@@ -184,9 +185,17 @@ def test_a_lookalike_is_not_fused_and_trains_as_stock(kind, make_peft, step, clo
     assert any(r.fused and r.operation == "lora_o" for r in fused.records)
 
 
-def test_granites_residual_multiplier_is_rejected_and_its_parts_fuse(
-    make_peft, step, close
+def test_a_residual_multiplier_of_one_block_alone_is_rejected(
+    make_peft, step, close, monkeypatch
 ) -> None:
+    """Granite's is read by its name and scales both blocks; here the MLP's is left out."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        scaled, *_ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
+        hidden_states = hidden_states + scaled * self.residual_multiplier
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    monkeypatch.setattr(GraniteDecoderLayer, "forward", forward)
     config = GraniteConfig(
         vocab_size=128,
         hidden_size=64,

@@ -158,7 +158,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": str(np.random.get_state()),
         "state_dict": {k: raw(v) for k, v in model.state_dict().items()},
-        "buffers": {n: (id(b), b._version, raw(b)) for n, b in model.named_buffers()},
+        # not their versions: transformers 5.24 writes RoPE's frequencies in place, as they are
+        "buffers": {n: (id(b), raw(b)) for n, b in model.named_buffers()},
         "parameters": {
             n: (id(p), p.data_ptr(), p._version, p.requires_grad)
             for n, p in model.named_parameters()
