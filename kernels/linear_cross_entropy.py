@@ -148,7 +148,45 @@ class _Setting:
     max_rows: int | None
 
 
-def _word_parts(vocabulary: int) -> list[slice]:
+def logits_bytes(device: torch.device, options: CrossEntropyOptions) -> int:
+    """Upper limit of the logits that are held at a time."""
+    standard = _GPU_CHUNK_BYTES if device.type == "cuda" else _CPU_CHUNK_BYTES
+    return options.chunk_bytes or standard
+
+
+def logits_buffer(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """[rows, V] whose rows start at multiples of 64 words: aligned for 16-byte loads and for
+    cuBLAS, whatever V is."""
+    return like.new_empty(rows, -(-vocabulary // 64) * 64, dtype=dtype)[:, :vocabulary]
+
+
+def write_logits(
+    X: Tensor,  # (M, H)
+    W: Tensor,  # (V, H)
+    b: Tensor | None,  # (V,)
+    Z: Tensor,  # (M, V)
+) -> None:
+    """Z = X W^T + b."""
+    for words in word_parts(W.shape[0]):
+        if b is None:
+            torch.mm(X, W[words].t(), out=Z[:, words])
+        else:
+            torch.addmm(b[words], X, W[words].t(), out=Z[:, words])
+
+
+def write_input_gradient(
+    G: Tensor,  # (M, V)
+    W: Tensor,  # (V, H)
+    dX: Tensor,  # (M, H)
+) -> None:
+    """dX = G W."""
+    first, *rest = word_parts(W.shape[0])
+    torch.mm(G[:, first], W[first], out=dX)
+    for words in rest:
+        dX.addmm_(G[:, words], W[words])
+
+
+def word_parts(vocabulary: int) -> list[slice]:
     """The words that the head's GEMMs take together.
 
     All, where their number is a multiple of 8. Else (a vocabulary with a few words added; Granite's
@@ -264,11 +302,8 @@ def _forward(
     dA = zeros(lora_A) if need_A and lora_A is not None else None
     dB = zeros(lora_B) if need_B and lora_B is not None else None
 
-    limit = options.chunk_bytes or (_GPU_CHUNK_BYTES if hidden.is_cuda else _CPU_CHUNK_BYTES)
-    chunk = chunk_rows(N, V, dtype.itemsize, limit)
-    # Rows start at multiples of 64 words: aligned for 16-byte loads and for cuBLAS, whatever V is.
-    buffer = hidden.new_empty(min(chunk, N), -(-V // 64) * 64, dtype=dtype)[:, :V]
-    parts = _word_parts(V)
+    chunk = chunk_rows(N, V, dtype.itemsize, logits_bytes(hidden.device, options))
+    buffer = logits_buffer(hidden, min(chunk, N), V, dtype)
     loss = hidden.new_empty(N, dtype=accumulate)
     entropy = torch.empty_like(loss)
     prediction = torch.empty_like(labels)
@@ -277,11 +312,7 @@ def _forward(
         part = slice(start, min(start + chunk, N))
         X = (hidden[part] if all_rows else hidden.index_select(0, rows[part])).to(dtype)
         Z = buffer[: X.shape[0]]
-        for words in parts:
-            if b is None:
-                torch.mm(X, W[words].t(), out=Z[:, words])
-            else:
-                torch.addmm(b[words], X, W[words].t(), out=Z[:, words])
+        write_logits(X, W, b, Z)
         if A is not None and B is not None:
             XA = X @ A.t()
             Z.addmm_(XA, B.t(), alpha=s)
@@ -292,9 +323,7 @@ def _forward(
             continue
         G = Z
         if dX is not None:
-            torch.mm(G[:, parts[0]], W[parts[0]], out=dX[part])
-            for words in parts[1:]:
-                dX[part].addmm_(G[:, words], W[words])
+            write_input_gradient(G, W, dX[part])
         if A is not None and B is not None:
             GB = G @ B
             if dX is not None:

@@ -34,7 +34,12 @@ from lorafuse.patches.fp8 import OPERATION as FP8
 from lorafuse.patches.fp8 import Fp8Noise, Fp8Record, Group, measure_noise, switch_on
 from lorafuse.patches.layer_graphs import GraphRecord, LayerGraphs
 from lorafuse.patches.layer_graphs import why_not as why_no_graphs
-from lorafuse.patches.loss import FusedCausalLoss, recognise_causal_head, verify_causal_loss
+from lorafuse.patches.loss import (
+    FusedCausalLoss,
+    recognise_causal_head,
+    verify_causal_loss,
+    verify_log_probs,
+)
 from lorafuse.patches.mlp import FusedMlp
 from lorafuse.patches.moe import FusedExperts, call_experts, ignored_adapters, small_copy
 from lorafuse.patches.norms import FusedRmsNorm
@@ -806,6 +811,7 @@ class _Applier:
             return
         assert not isinstance(head, str)
         forward = FusedCausalLoss(head)
+        forward.no_log_probs = verify_log_probs(head)
         self.bind([forward])
         self.fuse(forward, "cross_entropy", core, "part")
 

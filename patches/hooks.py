@@ -26,7 +26,10 @@ def _collected() -> dict[str, Any] | None:
 
 def _capture_is_active() -> bool:
     collected = _collected()
-    return collected is None or any(key != "hidden_states" for key in collected)
+    # (Keys that begin with an underscore say what of it is wanted.)
+    return collected is None or any(
+        key != "hidden_states" and not key.startswith("_") for key in collected
+    )
 
 
 def collects_hidden_states() -> bool:

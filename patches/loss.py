@@ -12,6 +12,8 @@ chunked loss does. If its output is {loss, num_valid_tokens, num_correct_tokens,
 logits, the class's forward is run instead, and its loss and the kernel's by-products are given in
 that very class.
 
+A trainer may also ask the forward for log-probabilities (`log_probs`).
+
 The stock forward runs where there are no labels (generate, DPO, TRL's dft) or a KV cache.
 """
 
@@ -33,13 +35,22 @@ from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.bind import KV_CACHES, FusedForward, Unsupported
 from lorafuse.patches.deferred_logits import DeferredLogits, HeadCall, LabelBound
 from lorafuse.patches.hooks import has_live_hooks
+from lorafuse.patches.log_probs import ARGUMENT, forward_with
 from lorafuse.patches.weights import WeightReader, check_plain
 
-__all__ = ["CausalHead", "FusedCausalLoss", "recognise_causal_head", "verify_causal_loss"]
+__all__ = [
+    "CausalHead",
+    "FusedCausalLoss",
+    "recognise_causal_head",
+    "verify_causal_loss",
+    "verify_log_probs",
+]
 
 _BY_PRODUCTS = ("num_valid_tokens", "num_correct_tokens", "entropy_sum")
 _SHAPE = (2, 9)
 _INPUT = "gradient of the hidden states"
+_TRLS = ("loss", "log_probs", "entropy", "mean_logits")  # of its fused head
+_COUNTS = ("num_correct_tokens", "hits")
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +151,16 @@ class FusedCausalLoss(FusedForward):
         self.head = head
         parameters = list(self.__signature__.parameters)
         self._position = {name: i for i, name in enumerate(parameters)}
+        # Why the log-probabilities that a trainer asks for are its own; "" where they need not be.
+        self.no_log_probs = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get(ARGUMENT):
+            if torch.compiler.is_compiling():
+                return self.fall_back("torch.compile is tracing the forward", *args, **kwargs)
+            if self.no_log_probs:
+                return self.fall_back(self.no_log_probs, *args, **kwargs)
+            return self.log_probs(*args, **kwargs)
         reason = self._why_stock(args, kwargs)
         if reason is None:
             try:
@@ -185,6 +204,19 @@ class FusedCausalLoss(FusedForward):
         fields = {f.name: outputs.get(f.name) for f in dataclasses.fields(replaced.output_class)}
         fields.update({name: getattr(results[0], name) for name in _BY_PRODUCTS})
         return replaced.output_class(**{**fields, "logits": None})
+
+    def log_probs(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of TRL's fused head, with the kernel where it computes log-probabilities."""
+        found = forward_with(self.stock, self._log_probs_fall_back)
+        if found is None:
+            return self.fall_back("the trainer's fused head is not known", *args, **kwargs)
+        forward, own = found
+        outputs = forward(*args, **kwargs)
+        self.calls += own.served > 0
+        return outputs
+
+    def _log_probs_fall_back(self, reason: str) -> None:
+        self.stock_calls[reason] += 1
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         position = self._position.get(name, len(args))
@@ -401,10 +433,45 @@ def verify_causal_loss(head: CausalHead) -> str | None:
     return None
 
 
+def verify_log_probs(head: CausalHead) -> str:
+    """Why the log-probabilities that TRL's fused head asks for stay its own; "" if they need not.
+
+    Values, the number of hits and the gradient of the hidden states, of a loss that weighs each
+    token anew, are compared on random hidden states.
+    """
+    fused = FusedCausalLoss(head)
+    if forward_with(fused.stock, fused._log_probs_fall_back) is None:
+        return ""  # nobody asks
+    try:
+        with _trial(head) as run:
+            labels, limit = run.labels(), _limit(run.hidden.dtype)
+            # more than the forward's log-probabilities: one word less, or none
+            up = torch.randn(labels.shape, generator=run.generator, device=labels.device)
+
+            def numbers(forward: Callable[..., Any]) -> dict[str, Tensor]:
+                output = run(forward, labels, **{ARGUMENT: True})
+                found = {name: output[name] for name in _TRLS if output.get(name) is not None}
+                weighed = (output.log_probs * up[:, : output.log_probs.shape[1]]).sum()
+                (found[_INPUT],) = torch.autograd.grad(weighed, run.hidden)
+                if output.get("is_top1") is not None:
+                    found["hits"] = output.is_top1.sum()
+                return found
+
+            reason = _first_difference(numbers(fused.stock), numbers(fused.log_probs), limit)
+    except Exception as error:  # as in `recognise_causal_head`
+        return f"its log-probabilities could not be tried ({type(error).__name__}: {error})"
+    if not fused.calls:
+        return next(iter(fused.stock_calls), "the trainer's fused head does not use its kernel")
+    return "" if reason is None else f"verification: {reason}"
+
+
+def _limit(dtype: torch.dtype) -> float:
+    """Of a relative difference. 16 bit: stock's own rounding is allowed."""
+    return {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2}.get(dtype, 3e-2)
+
+
 def _differ(outputs: list[Any], leaves: list[Tensor], dtype: torch.dtype) -> str | None:
-    """What of the fused outputs differs from the stock ones. 16 bit: stock's own rounding is
-    allowed."""
-    limit = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2}.get(dtype, 3e-2)
+    """What of the fused outputs differs from the stock ones."""
     stock, fused = (
         {
             "loss": output.loss.detach(),
@@ -419,13 +486,19 @@ def _differ(outputs: list[Any], leaves: list[Tensor], dtype: torch.dtype) -> str
         fused["logits"] = outputs[1].logits + 0.0
     if _INPUT not in stock:
         return "its forward does not call its backbone as a whole"
+    return _first_difference(stock, fused, _limit(dtype))
+
+
+def _first_difference(
+    stock: dict[str, Tensor], fused: dict[str, Tensor], limit: float
+) -> str | None:
     if set(stock) != set(fused):
         return f"{sorted(set(stock) ^ set(fused))[0]} is in only one of stock and fused outputs"
     for name, expected in stock.items():
         expected, got = expected.detach().double(), fused[name].detach().double()
         error = float((got - expected).norm() / expected.norm().clamp_min(1e-30))
         # A prediction may turn where rounding makes or breaks a tie of two logits.
-        off = abs(float(got - expected)) > 1 if name == "num_correct_tokens" else error > limit
+        off = abs(float(got - expected)) > 1 if name in _COUNTS else error > limit
         if off or error != error:
             return f"{name} differs by {error:.1e} from stock (limit {limit:.0e})"
     return None

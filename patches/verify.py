@@ -292,7 +292,7 @@ def _prepared_copy(block: nn.Module) -> nn.Module:
             if (
                 "gradient_checkpointing" in module.__dict__
             ):  # from transformers 5.24 on in `forward`
-                module.gradient_checkpointing = False  # type: ignore[assignment]
+                module.gradient_checkpointing = False
             for hooks in (
                 module._forward_hooks,
                 module._forward_pre_hooks,

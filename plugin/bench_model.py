@@ -77,6 +77,14 @@ def batch(job: Job, vocabulary: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
+def _attention(model: Model, job: Job) -> str:
+    """What was asked for; eager where the class has no sdpa (Gemma 2, transformers 5.24)."""
+    found = _AUTO._model_mapping.get(type(model.config), None)
+    if job.attention == "sdpa" and not getattr(found, "_supports_sdpa", True):
+        return "eager"
+    return job.attention
+
+
 def _loaded(model: Model, job: Job, own: Any) -> PreTrainedModel:
     quantisation = None
     if own is not None:
@@ -100,7 +108,7 @@ def _loaded(model: Model, job: Job, own: Any) -> PreTrainedModel:
         dtype=torch.bfloat16,
         quantization_config=quantisation,
         device_map={"": 0 if job.device == "cuda" else "cpu"},
-        attn_implementation=job.attention,
+        attn_implementation=_attention(model, job),
         local_files_only=True,
     )
     return loaded
@@ -111,7 +119,7 @@ def _random(model: Model, job: Job) -> PreTrainedModel:
     device = torch.device(job.device)
     with init_empty_weights(include_buffers=False):
         base: PreTrainedModel = _AUTO.from_config(
-            model.config, dtype=torch.bfloat16, attn_implementation=job.attention
+            model.config, dtype=torch.bfloat16, attn_implementation=_attention(model, job)
         )
     torch.manual_seed(0)
     head: Any = base.get_output_embeddings()  # type: ignore[no-untyped-call]

@@ -134,6 +134,9 @@ def measure(job: Job, emit: Emit) -> dict[str, Any]:
     emit("stage", stage="building the model")
     base = base_model(find_model(job.model, job.layers), job)
     variant = patch_base(base, job)
+    attention = base.config._attn_implementation
+    if attention != job.attention:
+        variant = ", ".join(filter(None, (variant, f"{attention} attention")))
     model = adapted(base, job)
     optimizer = make_optimizer(model, device)
     training = Training(model, optimizer, job)

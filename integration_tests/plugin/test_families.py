@@ -197,7 +197,8 @@ def test_a_family_that_hangs_or_dies_costs_itself_alone(
 
 
 def test_names_are_model_types_or_classes() -> None:
-    assert [name for name, _, _ in model_types("LlamaForCausalLM,qwen3")] == ["llama", "qwen3"]
+    named = [name for name, _, _ in model_types("LlamaForCausalLM,qwen3")]
+    assert {"llama", "qwen3"} <= set(named)  # of one class there may be several model types
     assert [entry[2] for entry in model_types("gemma3")] == list(KINDS.values())
     assert [entry[2] for entry in model_types("gemma3", "image-text")] == [IMAGE_TEXT]
     assert len(model_types()) >= 250
