@@ -90,6 +90,7 @@ class ModelShape:
         parameters: all of them, a tied head counted once.
         longest: positions that the model was made for; 0: it does not say.
         embeddings: elements of an input embedding that is no head as well; 0: there is none.
+        eager: the installed transformers has no attention for the class but the eager one.
     """
 
     name: str
@@ -99,6 +100,7 @@ class ModelShape:
     parameters: int
     longest: int = 0
     embeddings: int = 0
+    eager: bool = False
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -135,6 +137,7 @@ def model_shape(name: str, config: PretrainedConfig, trust_remote_code: bool = F
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         longest=int(getattr(text, "max_position_embeddings", 0) or 0),
         embeddings=_separate_embeddings(model),
+        eager=not getattr(model, "_supports_sdpa", True),
     )
 
 

@@ -82,6 +82,11 @@ def read_target(target: str, options: Mapping[str, Any]) -> tuple[Workload, list
             "rows as long as the sliding window go through torch's attention with a dense mask, "
             "whose memory grows with the square of their length and is predicted roughly"
         )
+    if shape.eager:
+        notes.append(
+            f"{type(config).__name__} has only eager attention in this transformers: what that "
+            "keeps, heads x the square of the rows' length, is not predicted"
+        )
     return workload, notes
 
 

@@ -119,6 +119,8 @@ def saved_bytes(model: nn.Module, batch: int, tokens: int) -> int:
 def test_kept_activations_are_what_autograd_saves(family: str, quant: str) -> None:
     pytest.importorskip("bitsandbytes")
     config = CONFIGS[family]()
+    if model_shape("small", config).eager:
+        pytest.skip("eager attention is not predicted, and the plan says so")
     model = trained(config, quant, 4, "all-linear")
     report = fuse(model, FuseConfig())
     layers = report.to_dict()["operations"]

@@ -228,6 +228,8 @@ SHAPES = ((2, 96), (1, 512))
 def check(family: str, quant: str, words: int, modes: Sequence[str], layers: int) -> None:
     pytest.importorskip("bitsandbytes")
     config = FAMILIES[family](**SIZES, vocab_size=words, num_hidden_layers=layers)
+    if model_shape("small", config).eager:
+        pytest.skip("eager attention is not predicted, and the plan says so")
     for (batch, tokens), (real, host) in zip(
         SHAPES, measured(config, quant, SHAPES, modes), strict=True
     ):
