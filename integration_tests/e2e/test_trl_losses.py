@@ -12,6 +12,7 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from lorafuse import LorafuseCallback
 
@@ -21,6 +22,8 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 # Labels of each example: uneven, and none at all in the last two, which at accumulation 4 are a
 # micro-batch of their own.
 LABELLED = (14, 3, 9, 1, 20, 6, 0, 0)
+# From 1.15 on, TRL asks the model for log-probabilities and computes each of its losses itself.
+FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")
 NO_LABELS = "no labels were passed: the caller wants logits"
 
 
@@ -171,7 +174,7 @@ def test_the_record_says_what_ran(runs, loss, accumulation):
     run = runs[loss, accumulation, True]
     micro_batches = 2 * accumulation
     assert run.report.fused == 1
-    if loss == "dft":
+    if loss == "dft" and not FUSED_HEAD:
         # computes its loss itself, from logits that it asks for without labels
         assert run.report.calls == 0
         assert run.stock_calls == {NO_LABELS: micro_batches}
@@ -232,9 +235,13 @@ def test_a_trained_head(tmp_path, tokenizer, data, loss):
     weights = [dict(r.trainer.model.named_parameters()) for r in logs.values()]
     (name,) = [n for n in weights[0] if "modules_to_save" in n]
     torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)
-    assert logs[False].report.calls == 2
+    assert logs[False].report.calls == (0 if FUSED_HEAD else 2)
+    if FUSED_HEAD:
+        (reason,) = logs[False].stock_calls
+        assert "the head is trained" in reason
 
 
+@pytest.mark.skipif(FUSED_HEAD, reason="this TRL refuses an adapted head with any loss")
 def test_an_adapted_head_with_nll(tmp_path, tokenizer, data):
     """TRL's chunked loss refuses that; nll serves it."""
     logs = {}
@@ -285,7 +292,7 @@ def test_evaluation_of_the_loss_alone(tmp_path, tokenizer, data, loss):
     stock, fused = results
     assert set(fused) == set(stock)
     # The batch without labels makes the mean loss NaN in transformers, not in TRL's chunked loss.
-    assert (stock["eval_loss"] != stock["eval_loss"]) == (loss == "nll")
+    assert (stock["eval_loss"] != stock["eval_loss"]) == (loss == "nll" and not FUSED_HEAD)
     for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
         assert fused[name] == pytest.approx(stock[name], rel=1e-4, abs=1e-5, nan_ok=True), name
     assert run.report.calls == 2 + 3 and not run.stock_calls
@@ -299,7 +306,7 @@ def test_chunked_evaluation_predicts_what_stock_predicts(tmp_path, tokenizer, da
         predicted = run.trainer.predict(data)
         shapes.append([np.asarray(x) for x in predicted.predictions])
     for stock, fused in zip(*shapes, strict=True):
-        np.testing.assert_allclose(fused, stock, rtol=1e-4)
+        np.testing.assert_allclose(fused, stock, rtol=1e-4, atol=1e-6)
 
 
 def test_generate_gives_the_stock_tokens(runs):

@@ -160,8 +160,12 @@ def test_what_else_is_to_be_said(write: Any, settings: dict[str, Any], note: str
 
 
 def test_long_rows_of_a_window_are_said_to_be_rough() -> None:
-    assert not read_target("gemma-2-9b", {"layers": 2, "tokens": 4095})[1]
-    assert "grows with the square" in read_target("gemma-2-9b", {"layers": 2, "tokens": 4096})[1][0]
+    shorter, longer = (
+        read_target("gemma-2-9b", {"layers": 2, "tokens": tokens})[1] for tokens in (4095, 4096)
+    )
+    # transformers 5.24 adds a note of its own: its Gemma 2 is eager
+    assert not any("grows with the square" in note for note in shorter)
+    assert "grows with the square" in longer[0]
 
 
 def test_a_models_folder(model_dir: Path) -> None:
