@@ -33,7 +33,7 @@ from lorafuse.kernels.lora_linear import (
 from lorafuse.kernels.lora_o import lora_o
 from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.attention import AttentionReader, Pairing, take_cache
-from lorafuse.patches.bind import FusedForward, Unsupported
+from lorafuse.patches.bind import KV_CACHES, FusedForward, Unsupported
 from lorafuse.patches.checkpointing import LayerCheckpointing, LayerSizes
 from lorafuse.patches.documents import DocumentFinder
 from lorafuse.patches.hooks import has_live_hooks
@@ -157,6 +157,8 @@ class FusedDecoderLayer(FusedForward):
         if self.checkpointing is None:
             function = trainers_function(self.module)
             if function is not None:
+                # as transformers' own: what runs twice must not fill a cache twice
+                kwargs |= {name: None for name in KV_CACHES if name in kwargs}
                 return function(partial(self.run, **kwargs), *args)
         return self.run(*args, **kwargs)
 

@@ -107,6 +107,20 @@ def test_a_vision_tower_of_norms_and_gated_mlps_is_fused_whole() -> None:
     assert not whole(model, vision=True)
 
 
+def test_a_whole_vision_layer_keeps_the_trainers_checkpointing() -> None:
+    """Around its forward (transformers 5.24) or around the call, it runs again in backward."""
+    model = make("llava", **PIXTRAL)
+    model.enable_input_require_grads()
+    batch = image_batch(model.get_base_model())
+    stock = one_step(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    fuse(model)
+    error, where = largest_error(one_step(model, batch), stock)
+    assert error < 1e-4, where
+    assert [layer.calls for layer in whole(model, vision=True)] == [2] * 4
+    assert [layer.calls for layer in whole(model, vision=False)] == [1] * 4  # ours stands in there
+
+
 def test_a_vision_tower_that_a_trial_would_change_is_left_alone() -> None:
     model = make("mistral3")
     tower = model.get_base_model().model.vision_tower
