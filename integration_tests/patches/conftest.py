@@ -1,6 +1,7 @@
 """Tiny random models of transformers' own classes, with adapters, as the patches meet them."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -185,6 +186,24 @@ def curve(tokens: Tensor) -> Callable[..., list[tuple[float, float]]]:
         return found
 
     return run
+
+
+@pytest.fixture
+def twins() -> Callable[[Any], Callable[[], list[Any]]]:
+    """`twins(model)`, before it is fused; called after, a copy and what comes back from a pickle.
+
+    No pickle where a stock model has none: the package `kernels` makes classes within functions.
+    """
+
+    def asked(model: Any) -> Callable[[], list[Any]]:
+        try:
+            pickle.dumps(model)
+            ways: list[Any] = [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+        except (AttributeError, pickle.PicklingError):
+            ways = [copy.deepcopy]
+        return lambda: [way(model) for way in ways]
+
+    return asked
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The fused causal loss against the model's own, on whole models and through their own forwards."""
 
 import copy
-import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -478,8 +477,10 @@ def test_trls_chunked_loss(make_peft, tokens, labels, family, count, training):
     empty = [run(model, tokens, nothing, **counts) for counts in (more, no_count)]
     binding.undo()
     for ours, counts in zip(empty, (more, no_count), strict=True):
-        same(ours, run(model, tokens, nothing, **counts))
         assert ours["loss"] == 0
+        expected = run(model, tokens, nothing, **counts)
+        if not expected["loss"].isnan():  # TRL 1.14 divides by a count of 0
+            same(ours, expected)
 
 
 @chunked
@@ -590,9 +591,10 @@ def test_undo_and_errors_leave_the_head_as_it_was(llama, tokens, labels):
     assert torch.equal(again.loss, stock.loss) and torch.equal(again.logits, stock.logits)
 
 
-def test_copies_carry_their_own_fused_loss(llama, tokens, labels):
+def test_copies_carry_their_own_fused_loss(llama, tokens, labels, twins):
+    make_twins = twins(llama)
     forward, _ = fuse_loss(llama)
-    for replica in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
+    for replica in make_twins():
         own = replica.forward
         assert isinstance(own, FusedCausalLoss) and own is not forward
         assert own.module is replica and own.head.head is replica.lm_head

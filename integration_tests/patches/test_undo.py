@@ -1,7 +1,5 @@
 """Fusing leaves no trace, and undoing it restores the model exactly."""
 
-import copy
-import io
 import random
 
 import pytest
@@ -63,14 +61,12 @@ def test_applying_leaves_no_trace(make_peft, step, nf4) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_copy_and_a_pickle_compute_with_their_own_weights(make_peft, step) -> None:
+def test_a_copy_and_a_pickle_compute_with_their_own_weights(make_peft, step, twins) -> None:
     model = make_peft("llama")
+    make_twins = twins(model)
     stock = step(model)
     apply(model, ALL)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    for replica in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+    for replica in make_twins():
         own = {id(m) for m in replica.modules()}
         assert bound(replica) and all(id(f.module) in own for f in bound(replica))
         with torch.no_grad():
