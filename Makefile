@@ -75,6 +75,8 @@ unit: assets
 interpreted: $(READY)
 	$(call suite,interpreted,TRITON_INTERPRET=1,integration_tests/kernels -m "not gpu")
 
+# One process: large sizes, one after the other, fit a small card.
+gpu: WORKERS = 1
 gpu: assets
 	$(call suite,gpu,,-m gpu)
 

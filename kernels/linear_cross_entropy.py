@@ -59,7 +59,8 @@ _CPU_CHUNK_BYTES = 64 * 2**20
 # dW is summed in blocks of this many words, so that its fp32 temporary stays at some 256 MB.
 _WEIGHT_BLOCK = 16384
 _SCALED_ROWS = 8192  # of d(hidden) are scaled in fp32 at a time
-# A GEMM over so many words more or less has 16-byte rows; what is left of V goes by itself.
+# Rows of logits start at multiples of so many words, and the head's GEMMs take whole tiles of them;
+# what is left of V goes by itself (`word_parts`).
 _WORD_TILE = 64
 
 
@@ -155,9 +156,10 @@ def logits_bytes(device: torch.device, options: CrossEntropyOptions) -> int:
 
 
 def logits_buffer(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """[rows, V] whose rows start at multiples of 64 words: aligned for 16-byte loads and for
+    """[rows, V] whose rows start at whole tiles of words: aligned for 16-byte loads and for
     cuBLAS, whatever V is."""
-    return like.new_empty(rows, -(-vocabulary // 64) * 64, dtype=dtype)[:, :vocabulary]
+    width = -(-vocabulary // _WORD_TILE) * _WORD_TILE
+    return like.new_empty(rows, width, dtype=dtype)[:, :vocabulary]
 
 
 def write_logits(
@@ -206,14 +208,17 @@ def _add_weight_gradient_(dW: Tensor, G: Tensor, X: Tensor) -> None:
         dW[block] += mm_fp32(G[:, block].t(), X)
 
 
-def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * factor with one rounding. torch would first round a 0-d fp32 factor to x's 16 bit."""
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * factor, 0-d or one a row, with one rounding.
+
+    torch would first round a 0-d fp32 factor to x's 16 bit.
+    """
     if x.dtype == factor.dtype:
         return (x * factor).to(dtype)
     out = torch.empty_like(x, dtype=dtype)
     for start in range(0, x.shape[0], _SCALED_ROWS):
         part = slice(start, start + _SCALED_ROWS)
-        out[part] = x[part].to(factor.dtype).mul_(factor)
+        out[part] = x[part].to(factor.dtype).mul_(factor[part] if factor.dim() else factor)
     return out
 
 
@@ -243,7 +248,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         # A batch without labels has a zero gradient, also where its mean is 0 / 0.
         factor = (dloss / divisor).where(valid > 0, 0)
         gradients: list[Tensor | None] = [
-            None if product is None else _scaled(product, factor, dtype)
+            None if product is None else scaled(product, factor, dtype)
             for product, dtype in zip(products, ctx.gradient_dtypes, strict=True)
         ]
         dX = gradients[0]

@@ -25,13 +25,12 @@ from lorafuse.kernels.linear_cross_entropy import (
     chunk_rows,
     logits_buffer,
     logits_bytes,
+    scaled,
     write_input_gradient,
     write_logits,
 )
 
 __all__ = ["linear_log_probs", "reference"]
-
-_SCALED_ROWS = 8192  # of dX are scaled in fp32 at a time
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,10 @@ class LinearLogProbsFunction(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         with torch.autocast(hidden.device.type, enabled=False):
-            out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-            for start in range(0, hidden.shape[0], _SCALED_ROWS):
-                part = slice(start, start + _SCALED_ROWS)
-                if d_log_probs is not None:
-                    # dX is the gradient of minus the log-probability
-                    factor = -d_log_probs[part, None]
-                    out[part] = dX[part].to(factor.dtype).mul_(factor)
+            if d_log_probs is None:
+                out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+            else:  # dX is the gradient of minus the log-probability
+                out = scaled(dX, -d_log_probs[:, None], hidden.dtype)
             if d_entropy is not None:
                 _add_entropy_gradient_(out, hidden, weight, bias, d_entropy, ctx.setting)
         return out, None, None, None, None

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafuse.kernels.linear_cross_entropy import chunk_rows
 from lorafuse.patches.host_memory import OnHost, available_bytes, embedding_table
@@ -513,6 +514,24 @@ class LayerCheckpointing:
             return forward(*inputs, **kwargs)
 
         return function(run, *args)
+
+
+def trainers_function(module: Any) -> Callable[..., Any] | None:
+    """By what the trainer checkpoints this call of a layer, where our forward has taken that over.
+
+    transformers does it around a layer's `forward` from 5.24 on, and there stands ours; before, it
+    did in `__call__`, around ours.
+    """
+    if not (
+        isinstance(module, GradientCheckpointingLayer)
+        and "__call__" not in GradientCheckpointingLayer.__dict__
+        and getattr(module, "gradient_checkpointing", False)
+        and module.training
+        and torch.is_grad_enabled()
+    ):
+        return None
+    function: Callable[..., Any] | None = getattr(module, "_gradient_checkpointing_func", None)
+    return function
 
 
 @dataclass(frozen=True, eq=False)

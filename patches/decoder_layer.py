@@ -13,14 +13,13 @@ that run again, and gate/up are computed again within their Function. Where all 
 `layer_graphs` may replay what it has recorded of the parts before and behind attention.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafuse.kernels.lora_linear import (
     LoraProjection,
@@ -34,7 +33,7 @@ from lorafuse.kernels.lora_o import lora_o
 from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.attention import AttentionReader, Pairing, take_cache
 from lorafuse.patches.bind import KV_CACHES, FusedForward, Unsupported
-from lorafuse.patches.checkpointing import LayerCheckpointing, LayerSizes
+from lorafuse.patches.checkpointing import LayerCheckpointing, LayerSizes, trainers_function
 from lorafuse.patches.documents import DocumentFinder
 from lorafuse.patches.hooks import has_live_hooks
 from lorafuse.patches.layer_graphs import LayerGraphs, identity
@@ -276,24 +275,6 @@ class FusedDecoderLayer(FusedForward):
         if self.checkpointing is not None:
             return self.checkpointing.stock(self.stock, *args, **kwargs)
         return self.stock(*args, **kwargs)
-
-
-def trainers_function(module: Any) -> Callable[..., Any] | None:
-    """By what the trainer checkpoints this call of a layer, where our forward has taken that over.
-
-    transformers does it around a layer's `forward` from 5.24 on, and there stands ours; before, it
-    did in `__call__`, around ours.
-    """
-    if not (
-        isinstance(module, GradientCheckpointingLayer)
-        and "__call__" not in GradientCheckpointingLayer.__dict__
-        and getattr(module, "gradient_checkpointing", False)
-        and module.training
-        and torch.is_grad_enabled()
-    ):
-        return None
-    function: Callable[..., Any] | None = getattr(module, "_gradient_checkpointing_func", None)
-    return function
 
 
 def fold(readers: Sequence[LinearReader]) -> int:

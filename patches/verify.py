@@ -289,9 +289,8 @@ def _prepared_copy(block: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, module in replica.named_modules():
             module.__dict__.pop("forward", None)
-            if (
-                "gradient_checkpointing" in module.__dict__
-            ):  # from transformers 5.24 on in `forward`
+            # From transformers 5.24 on it is `forward` that checkpoints.
+            if "gradient_checkpointing" in module.__dict__:
                 module.gradient_checkpointing = False
             for hooks in (
                 module._forward_hooks,

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TextIO
 
@@ -45,6 +46,16 @@ def make_optimizer(model: PeftModel, device: torch.device) -> Any:
             return torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
         return bnb.optim.AdamW8bit(trained, lr=LEARNING_RATE)
     return torch.optim.AdamW(trained, lr=LEARNING_RATE)
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Whole steps that followed each other, and the peaks over them; GB = 1e9 bytes, 0 on a
+    CPU."""
+
+    step_ms: list[float]
+    allocated_GB: float
+    reserved_GB: float
 
 
 class Training:
@@ -103,6 +114,25 @@ class Training:
             mark.record()
         self.wait()
         return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
+
+    def repeated(self, count: int, warm_up: int) -> Repeated | None:
+        """`timed_steps` after untimed ones; None, and no gradients, where memory runs out."""
+        allocated = reserved = 0.0
+        try:
+            for _ in range(warm_up):
+                self.timed_step()
+            if self.on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            steps = [1e3 * one for one in self.timed_steps(count)]
+        except torch.OutOfMemoryError:
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            return None
+        self.check()
+        if self.on_gpu:
+            allocated = torch.cuda.max_memory_allocated() / 1e9
+            reserved = torch.cuda.max_memory_reserved() / 1e9
+        return Repeated(steps, allocated, reserved)
 
     def wait(self) -> None:
         if self.on_gpu:

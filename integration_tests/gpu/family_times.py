@@ -169,23 +169,13 @@ class Family:
         return Training(self.model, self.optimizer, self.job)
 
     def time(self, name: str) -> None:
-        training = self.training()
-        try:
-            for _ in range(2):
-                training.timed_step()
-            if training.on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            steps = [1e3 * one for one in training.timed_steps(self.args.steps)]
-        except torch.OutOfMemoryError:
-            self.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
+        found = self.training().repeated(self.args.steps, warm_up=2)
+        if found is None:
             self.found[name] = "out of memory"
             return
-        training.check()
-        peak = torch.cuda.max_memory_allocated() / 1e9 if training.on_gpu else 0.0
         self.found[name] = {
-            "step_ms": round(statistics.median(steps), 1),
-            "peak_GB": round(peak, 2),
+            "step_ms": round(statistics.median(found.step_ms), 1),
+            "peak_GB": round(found.allocated_GB, 2),
         }
 
     def fused(self, run: Callable[[], Any], **flags: Any) -> Any:

@@ -58,27 +58,17 @@ class Timer:
     def time(self, name: str, warm_up: int = WARM_UP, **changes: int) -> None:
         """Median of whole steps that follow each other, and the peak of memory."""
         training = self.training(**changes)
-        peak = reserved = 0.0
         if training.on_gpu:  # of graphs' memory only what is reserved tells
             torch.cuda.empty_cache()
-        try:
-            for _ in range(warm_up):
-                training.timed_step()
-            if training.on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            steps = [1e3 * one for one in training.timed_steps(self.job.steps)]
-        except torch.OutOfMemoryError:
-            self.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
+        found = training.repeated(self.job.steps, warm_up)
+        if found is None:
             print(f"{name}: out of memory", flush=True)
             return
-        training.check()
-        if training.on_gpu:
-            peak = torch.cuda.max_memory_allocated() / 1e9
-            reserved = torch.cuda.max_memory_reserved() / 1e9
-        median = statistics.median(steps)
+        median, peak, reserved = (
+            statistics.median(found.step_ms), found.allocated_GB, found.reserved_GB
+        )  # fmt: skip
         rate = 1e3 * training.job.batch * training.job.tokens / median
-        spread = max(steps) - min(steps)
+        spread = max(found.step_ms) - min(found.step_ms)
         self.times[name] = {
             "step_ms": median, "spread_ms": spread, "tokens_per_s": rate, "peak_GB": peak,
             "reserved_GB": reserved,
