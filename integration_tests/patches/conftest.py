@@ -155,11 +155,11 @@ class Gradients(dict[str, Tensor]):
 
 @pytest.fixture
 def step(tokens: Tensor) -> Callable[..., Gradients]:
-    """One forward and backward: the loss and every gradient, by name."""
+    """One forward and backward, on `tokens` or on what is given: loss and gradients by name."""
 
     def run(model: nn.Module, **kwargs: Any) -> Gradients:
         model.zero_grad()
-        loss = model(input_ids=tokens, labels=tokens, **kwargs).loss
+        loss = model(**{"input_ids": tokens, "labels": tokens, **kwargs}).loss
         loss.backward()
         found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
@@ -172,12 +172,12 @@ def step(tokens: Tensor) -> Callable[..., Gradients]:
 def curve(tokens: Tensor) -> Callable[..., list[tuple[float, float]]]:
     """(loss, gradient norm) of each of some steps of AdamW."""
 
-    def run(model: Any, steps: int, rate: float) -> list[tuple[float, float]]:
+    def run(model: Any, steps: int, rate: float, **kwargs: Any) -> list[tuple[float, float]]:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate)
         found = []
         for _ in range(steps):
-            loss = model(input_ids=tokens, labels=tokens).loss
+            loss = model(**{"input_ids": tokens, "labels": tokens, **kwargs}).loss
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()

@@ -6,7 +6,6 @@ is fused. A step's loss and every gradient, and 20 steps of AdamW, are compared 
 here, in bf16 and NF4 on a GPU (`-m gpu`).
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from sixteen_bit import RATE, STEPS, no_further_from_fp32_than_stock
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -21,8 +21,6 @@ from lorafuse.patches.apply import OPERATIONS, FusedModel, apply
 from lorafuse.patches.decoder_layer import FusedDecoderLayer
 
 ALL = dict.fromkeys(OPERATIONS, True)
-STEPS = 20
-RATE = 2e-3
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -321,52 +319,14 @@ def test_in_fp32_every_gradient_and_20_steps_are_stocks(name, make, step, close,
         assert abs(our_norm / norm - 1) < 2e-3
 
 
-def oracle(model: Any) -> Any:
-    """The same model in fp32, 4-bit weights as the floats that they stand for."""
-    exact = copy.deepcopy(model)
-    for module in list(exact.modules()):
-        for key, layer in list(module._modules.items()):
-            if type(layer).__name__ == "Linear4bit":
-                module._modules[key] = dequantised(layer)
-    return exact.float()
-
-
-def dequantised(layer: Any) -> nn.Linear:
-    import bitsandbytes as bnb
-
-    weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    plain = nn.Linear(*weight.shape[::-1], bias=layer.bias is not None, device="meta")
-    plain.weight = nn.Parameter(weight.float(), requires_grad=False)
-    if layer.bias is not None:
-        plain.bias = nn.Parameter(layer.bias.data.float(), requires_grad=False)
-    return plain
-
-
 def check_16_bit(name: str, nf4: bool, make: Make, step: Run, curve: Callable[..., Any]) -> None:
-    """No further from fp32 than twice stock's own distance: a step's gradients, 20 steps' curve."""
     model = make(name, torch.bfloat16, nf4)
-    exact, ours = oracle(model), copy.deepcopy(model)
-    truth, stock = step(exact), step(model)
-    result = apply(ours, ALL)
-    got = step(ours)
-    check_fused(name, ours, result)
-    assert set(got) == set(stock) == set(truth)
-    whole = sum(float(g.norm()) ** 2 for n, g in truth.items() if n != "loss") ** 0.5
-    for key, expected in truth.items():
-        size = float(expected.norm()) if key == "loss" else max(float(expected.norm()), whole / 100)
-        error, allowed = (float((x[key].float() - expected).norm()) / size for x in (got, stock))
-        assert error <= 2 * allowed + 1e-2, (key, error, allowed)
-    curves = [torch.tensor(curve(m, STEPS, RATE)) for m in (exact, model, ours)]
-    # Of the steps' errors the median: a norm near zero makes one of them as large as it likes.
-    ours_off, stock_off = (
-        ((x - curves[0]) / curves[0]).abs().median(0).values.tolist()
-        for x in (curves[2], curves[1])
-    )
-    # norms scatter by some percent in steps of 16 bit, stock's as well
-    for what, error, allowed, floor in zip(
-        ("loss", "gradient norm"), ours_off, stock_off, (1e-2, 3e-2), strict=True
-    ):
-        assert error <= 2 * allowed + floor, (what, error, allowed)
+
+    def fuse(ours: nn.Module) -> Callable[[], None]:
+        result = apply(ours, ALL)
+        return lambda: check_fused(name, ours, result)
+
+    no_further_from_fp32_than_stock(model, fuse, step, curve)
 
 
 @pytest.mark.gpu
