@@ -1,0 +1,43 @@
+"""What `gpu/copy_overlap.py` makes of a trace."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+GPU = Path(__file__).parents[1] / "gpu"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(GPU))
+    spec = importlib.util.spec_from_file_location("copy_overlap", GPU / "copy_overlap.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "copy_overlap", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def event(category, name, begin, end):
+    return {"cat": category, "name": name, "ts": begin, "dur": end - begin}
+
+
+def test_a_trace_is_added_up(script) -> None:
+    trace = {
+        "traceEvents": [
+            event("kernel", "gemm", 0, 1000),
+            event("kernel", "norm", 900, 2000),
+            event("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 500, 1500),
+            event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 1500, 3000),
+            event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 0, 9000),
+            event("kernel", "adam", 4000, 5000),
+            {"ph": "M", "name": "process_name"},
+        ]
+    }
+    assert script.overlap(trace) == pytest.approx(
+        {
+            "step_ms": 5.0, "kernels_ms": 3.0, "to_host_ms": 1.0, "from_host_ms": 1.5,
+            "copies_ms": 2.5, "copies_alone_ms": 1.0, "idle_ms": 1.0, "hidden": 0.6,
+        }
+    )  # fmt: skip
