@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from sixteen_bit import RATE, STEPS, no_further_from_fp32_than_stock
+from sixteen_bit import STEPS, no_further_from_fp32_than_stock
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -21,6 +21,7 @@ from lorafuse.patches.apply import OPERATIONS, FusedModel, apply
 from lorafuse.patches.decoder_layer import FusedDecoderLayer
 
 ALL = dict.fromkeys(OPERATIONS, True)
+RATE = 2e-3
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 STEPS = 20
-RATE = 2e-3
+# Faster learning makes models with norms behind their blocks chaotic: stock's own curves part by a
+# tenth. Slower, and 16-bit adapters round the steps away.
+RATE = 5e-4
 
 
 def in_fp32(model: Any) -> Any:
@@ -65,6 +67,6 @@ def no_further_from_fp32_than_stock(
     )
     # norms scatter by some percent in steps of 16 bit, stock's as well
     for what, error, allowed, floor in zip(
-        ("loss", "gradient norm"), ours_off, stock_off, (1e-2, 3e-2), strict=True
+        ("loss", "gradient norm"), ours_off, stock_off, (2e-3, 1.5e-2), strict=True
     ):
         assert error <= 2 * allowed + floor, (what, error, allowed)
