@@ -1,6 +1,6 @@
 r"""The clamped SwiGLU between an expert's two products, as gpt-oss has it, and its backward.
 
-Row i is a token's slot at expert e. Z = GU[i] + b_e holds gate and up, one half each or alternately:
+Row i is a token's slot at expert e. Z = GU[i] + b_e is gate and up, in halves or alternately:
 
     g = min(gate, L)    u = min(max(up, -L), L)    s = sigmoid(alpha g)
     m = a v             a = g s                    v = u + o

@@ -147,6 +147,4 @@ def test_sizes_that_do_not_fit_are_named(randn, device) -> None:
     with pytest.raises(ValueError, match=r"contiguous bias \[4, 12\]"):
         clamped_swiglu_fwd(randn(S, 12), randn(4, 6), rows, GPT_OSS, m)
     with pytest.raises(ValueError, match="contiguous weights"):
-        clamped_swiglu_bwd_(
-            randn(S, 12), None, m, randn(TOKENS, 3), rows, GPT_OSS, randn(S, 12)
-        )
+        clamped_swiglu_bwd_(randn(S, 12), None, m, randn(TOKENS, 3), rows, GPT_OSS, randn(S, 12))

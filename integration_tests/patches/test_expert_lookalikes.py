@@ -1,4 +1,4 @@
-"""Experts that are like gpt-oss's but for one thing: it is read right, or the proof finds it out."""
+"""Experts like gpt-oss's but for one thing: it is read right, or the proof finds it out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -217,9 +217,7 @@ def test_a_wrong_reading_is_found_out(wrong, make) -> None:
         found = recognise_experts(module)
         if found is None:
             return None
-        return Experts(
-            found.module, found.base, found.gate_up, found.down, wrong, transposed=True
-        )
+        return Experts(found.module, found.base, found.gate_up, found.down, wrong, transposed=True)
 
     model = make(CASES["as it is"])
     for module in model.modules():  # a third party's is asked only where there are adapters

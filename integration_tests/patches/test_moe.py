@@ -186,6 +186,26 @@ def test_whatever_way_stock_computes_them(family, implementation, make, step, cl
     assert_fused(fused)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "gpt-oss, I = H", "gpt-oss, 2I = H"])
+def test_peft_may_take_inputs_for_outputs_turned(family, make, step, close, monkeypatch) -> None:
+    """As PEFT before 0.19 does of Mixtral, and PEFT of transposed experts that do not say so."""
+    model = CONFIGS[family]()
+    torch.manual_seed(0)
+    stock_model = AutoModelForCausalLM.from_config(model)
+    for module in stock_model.modules():
+        if recognise_experts(module) is not None:
+            module.is_transposed = not module.is_transposed
+    model = make(stock_model, ADAPTED["both"])
+    for module in model.modules():
+        if recognise_experts(module) is not None and not isinstance(module, ParamWrapper):
+            module.is_transposed = not module.is_transposed
+    stock = step(model)
+    assert len([name for name in stock if "experts" in name]) == 8
+    fused = apply(model, MOE)
+    close(step(model), stock)
+    assert_fused(fused)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3", "gpt-oss"])
 def test_16_bit_errors_are_at_most_twice_stocks(family, dtype, make, step, oracle_model) -> None:
