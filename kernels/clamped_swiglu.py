@@ -163,7 +163,8 @@ def _clamped_swiglu_fwd_kernel(
 ):  # fmt: skip
     """One row; `last`: the index of the last expert."""
     row = tl.program_id(0)
-    i, word = row.to(tl.int64), gu_ptr.dtype.element_ty
+    i = row.to(tl.int64)
+    word = gu_ptr.dtype.element_ty
     biased = tl.where(row < tl.load(ends_ptr + last), WIDTH, 0)
     bias_at = bias_ptr
     if BIASED:
@@ -187,7 +188,8 @@ def _clamped_swiglu_bwd_kernel(
 ):  # fmt: skip
     """One row; `last`: the index of the last expert."""
     row = tl.program_id(0)
-    i, word = row.to(tl.int64), gu_ptr.dtype.element_ty
+    i = row.to(tl.int64)
+    word = gu_ptr.dtype.element_ty
     here = row < tl.load(ends_ptr + last)
     biased = tl.where(here, WIDTH, 0)
     slot = tl.load(order_ptr + row)
