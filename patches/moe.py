@@ -3,9 +3,9 @@
 transformers keeps the experts' weights in one module, [E, 2I, H] and [E, H, I], or transposed and
 with biases (gpt-oss). PEFT adapts such a parameter by a wrapper around the module
 (`target_parameters`), one in the other where both are adapted, and adds s B_e A_e for every expert
-to the whole weight in each forward. 4-bit experts are
-parametrized by bitsandbytes (`replace_parameter_4bit`; Axolotl's `quantize_moe_experts` uses it),
-and are dequantised whole. The fused forward stands on what the model calls, the outermost wrapper.
+to the whole weight in each forward. 4-bit experts are parametrized by bitsandbytes
+(`replace_parameter_4bit`; Axolotl's `quantize_moe_experts` uses it), and are dequantised whole.
+The fused forward stands on what the model calls, the outermost wrapper.
 """
 
 import copy
@@ -131,8 +131,8 @@ class ExpertWeights:
                 raise Unsupported("its LoRA has a bias")
             check_plain(down.weight, "its LoRA matrix")
             # as PEFT reads them: A's rows are an expert's ranks, B's columns a rank's experts
-            a = down.weight.unflatten(0, (self.experts, -1))
-            b = up.weight.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
+            a = down.weight.reshape(self.experts, -1, down.weight.shape[1])
+            b = up.weight.reshape(up.weight.shape[0], -1, self.experts).permute(2, 0, 1)
             if self._turned():
                 a, b = b.transpose(1, 2), a.transpose(1, 2)
             A.append(a)

@@ -482,8 +482,8 @@ def _gate_of(base: Any, biased: bool) -> Activation | None:
     for name, activation in _ACTIVATIONS.items():
         if not biased and _gives(apply_gate, x, activation(gate) * up):
             return name
-    alphas, limits = ((*_declared(base, names), rest) for names, rest in
-                      ((_ALPHA, 1.0), (_LIMIT, math.inf)))  # fmt: skip
+    alphas = *_declared(base, _ALPHA), 1.0
+    limits = *_declared(base, _LIMIT), math.inf
     for alpha, limit, offset, interleaved in itertools.product(
         alphas, limits, (0.0, 1.0), (False, True)
     ):
@@ -502,8 +502,9 @@ def _declared(base: Any, names: Sequence[str]) -> list[float]:
 
 
 def _pairs(reach: float) -> Tensor:
-    """[1, 514] gates and ups within +-reach, whichever of them are which."""
-    return reach * (2 * torch.rand(1, 514, generator=torch.Generator().manual_seed(0)) - 1)
+    """[2, 514] gates and ups, whichever are which: within +-4, where sigmoids bend, and +-reach."""
+    x = torch.rand(2, 514, generator=torch.Generator().manual_seed(0), device="cpu")
+    return (2 * x - 1) * torch.tensor([[4.0], [reach]], device="cpu")
 
 
 def _gives(apply_gate: Callable[[Tensor], Any], x: Tensor, expected: Tensor) -> bool:

@@ -75,6 +75,12 @@ class UnknownLimit(Plain):
     _apply_gate = gate(limit=5.0)
 
 
+class OtherAlphaUnderAHighLimit(Plain):
+    """Where all gates are at the limit, no alpha shows."""
+
+    _apply_gate = gate(alpha=1.6, limit=1e6)
+
+
 class ClampsGateBelow(Plain):
     def _apply_gate(self, gate_up):
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]
@@ -135,12 +141,14 @@ CASES = {
     "other alpha": Case(Plain, attributes=(("alpha", 1.3),)),
     "low limit": Case(Plain, attributes=(("limit", 0.125),)),
     "no limit": Case(Plain, attributes=(("limit", float("inf")),)),
+    "a limit that nothing reaches": Case(Plain, attributes=(("limit", 1e30), ("alpha", 1.3))),
     "in halves": Case(InHalves),
     "other alpha inside": Case(OtherAlphaInside, PROOF),
     "other limit inside": Case(OtherLimitInside, PROOF),
     "no limit inside": Case(NoLimitInside, PROOF),
     "in halves inside": Case(InHalvesInside, PROOF),
     "unknown limit": Case(UnknownLimit, GATE),
+    "unknown alpha": Case(OtherAlphaUnderAHighLimit, GATE, (("limit", 1e6),)),
     "clamps the gate below": Case(ClampsGateBelow, GATE),
     "does not clamp up": Case(ClampsNoUp, GATE),
     "up is the gate": Case(UpIsGate, GATE),
