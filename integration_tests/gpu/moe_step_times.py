@@ -599,7 +599,7 @@ def layers_that_may_fit(name: str, quant: str, args: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stages", nargs="*", default=["check", "variants", "steps"])
-    parser.add_argument("--only", default="", help="part of NAME/nf4 or NAME/none, for steps")
+    parser.add_argument("--only", default="", help="part of NAME/nf4 or NAME/none; all are checked")
     parser.add_argument("--bases", nargs="*", default=["grouped_mm"], help="or triton, for steps")
     parser.add_argument("--layers", type=int, help="without it, as many as fit")
     parser.add_argument("--rank", type=int, default=16)
@@ -623,7 +623,8 @@ def main() -> int:
             check_kernels(results, torch.device(args.device), args.tiny, clamped)
         small = argparse.Namespace(**(vars(args) | {"tokens": 32, "rank": 4, "steps": 1}))
         check_models(results, small)
-    for name in GEOMETRIES if "variants" in args.stages else ():
+    named = [name for name in GEOMETRIES if args.only.partition("/")[0] in name]
+    for name in named if "variants" in args.stages else ():
         variants(results, name, args)
         gc.collect()
     cases = [
