@@ -8,7 +8,7 @@ of token t. All that an expert computes on is made one run of rows:
     ends[e]     where expert e's rows end, and the next one's begin
 
     gather   X'[i] = X[order[i] // k]
-    combine  y[t] = sum over j of w[t, j] Y[place[t k + j]]       in fp32, in the order of j
+    combine  y[t] = sum over j of w[t, j] (Y[place[t k + j]] + b_e)    in fp32, in the order of j
 
 Nothing is read back to the host, nothing is padded to a capacity, nothing is added atomically: runs
 repeat bit for bit. Experts from E on (expert parallelism marks slots of other ranks so) sort to the
@@ -37,18 +37,20 @@ _MAX_BLOCK = 1024
 
 @dataclass(frozen=True, eq=False)
 class ExpertOrder:
-    """Which row each slot has; see the module's docstring. All int32.
+    """Which row each slot has; see the module's docstring.
 
     Attributes:
-        order: [S].
-        place: [S].
-        ends: [E].
+        order: [S] int32.
+        place: [S] int32.
+        ends: [E] int32.
+        index: [S] the expert of each slot, as the router gave it.
         k: experts a token.
     """
 
     order: Tensor
     place: Tensor
     ends: Tensor
+    index: Tensor
     k: int
 
     @property
@@ -78,19 +80,24 @@ def sort_by_expert(index: Tensor, experts: int) -> ExpertOrder:
         raise ValueError(f"index must be integers [T, k], got {index.dtype} {tuple(index.shape)}")
     # 16 bits where they do: the radix sort makes one pass for every 8.
     narrow = torch.int16 if experts < 2**15 - 1 else torch.int32
-    flat = index.reshape(-1).clamp(max=experts).to(narrow)
+    given = index.reshape(-1)
+    flat = given.clamp(max=experts).to(narrow)
     by_expert, order = torch.sort(flat, stable=True)
     place = torch.empty_like(order, dtype=torch.int32)
     place[order] = torch.arange(flat.shape[0], dtype=torch.int32, device=index.device)
     each = torch.arange(experts, dtype=narrow, device=index.device)
     ends = torch.searchsorted(by_expert, each, right=True, out_int32=True)
-    return ExpertOrder(order.to(torch.int32), place, ends, int(index.shape[1]))
+    return ExpertOrder(order.to(torch.int32), place, ends, given, int(index.shape[1]))
 
 
-def combine_reference(y: Tensor, rows: ExpertOrder, weights: Tensor | None) -> Tensor:
+def combine_reference(
+    y: Tensor, rows: ExpertOrder, weights: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
     """The definition of `combine`, in fp32 (fp64 for fp64): [T, N]."""
     wide = y if y.dtype == torch.float64 else y.float()
     slots = wide[rows.place.long()]
+    if bias is not None:
+        slots = slots + bias[rows.index.long().clamp(max=bias.shape[0] - 1)]
     here = rows.place < rows.ends[-1]
     slots = slots.masked_fill(~here.unsqueeze(1), 0).view(-1, rows.k, y.shape[1])
     if weights is not None:
@@ -115,8 +122,9 @@ def _gather_kernel(
 @cached_launch
 @triton.jit
 def _combine_kernel(
-    y_ptr, place_ptr, ends_ptr, weights_ptr, out_ptr, y_row, out_row, columns, last,
-    N: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
+    y_ptr, place_ptr, ends_ptr, weights_ptr, bias_ptr, index_ptr, out_ptr, y_row, out_row, columns,
+    last, N: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
+    BIASED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns of one token; `last`: the index of the last expert."""
     token = tl.program_id(0) // columns
@@ -127,6 +135,9 @@ def _combine_kernel(
         row = tl.load(place_ptr + token * TOP + j)
         width = tl.where(row < rows, N, 0)
         y = tl.load(y_ptr + row.to(tl.int64) * y_row + o_n, o_n < width, 0.0).to(tl.float32)
+        if BIASED:
+            expert = tl.load(index_ptr + token * TOP + j).to(tl.int64)
+            y += tl.load(bias_ptr + expert * N + o_n, o_n < width, 0.0).to(tl.float32)
         if WEIGHTED:
             y *= tl.load(weights_ptr + token * TOP + j).to(tl.float32)
         total += y
@@ -169,8 +180,9 @@ def combine(
     rows: ExpertOrder,
     weights: Tensor | None,  # [T, k] contiguous, or None for ones
     out: Tensor,  # [T, N], any row stride and dtype
+    bias: Tensor | None = None,  # [E, N] contiguous, any dtype; or None for zeros
 ) -> None:
-    """Writes the weighted sum of each token's rows into `out`."""
+    """Writes the weighted sum of each token's rows, each with its expert's bias, into `out`."""
     _rows_fit(y, rows.rows, "y")
     _rows_fit(out, rows.rows // rows.k, "out")
     if weights is not None and (
@@ -180,8 +192,15 @@ def combine(
             f"weights must be [{out.shape[0]}, {rows.k}] and contiguous, got "
             f"{tuple(weights.shape)} with strides {weights.stride()}"
         )
+    if bias is not None and (
+        bias.shape != (rows.ends.shape[0], out.shape[1]) or not bias.is_contiguous()
+    ):
+        raise ValueError(
+            f"bias must be [{rows.ends.shape[0]}, {out.shape[1]}] and contiguous, got "
+            f"{tuple(bias.shape)} with strides {bias.stride()}"
+        )
     if not use_triton(y) or not use_triton(out):
-        out.copy_(combine_reference(y, rows, weights))
+        out.copy_(combine_reference(y, rows, weights, bias))
         return
     N = y.shape[1]
     block = min(_MAX_BLOCK, next_power_of_2(N))
@@ -189,7 +208,9 @@ def combine(
     if out.numel():
         with launch_device(out):
             _combine_kernel[(out.shape[0] * columns,)](
-                y, rows.place, rows.ends, y if weights is None else weights, out,
+                y, rows.place, rows.ends, y if weights is None else weights,
+                y if bias is None else bias, rows.index, out,
                 y.stride(0), out.stride(0), columns, rows.ends.shape[0] - 1,
                 N=N, TOP=rows.k, BLOCK=block, WEIGHTED=weights is not None,
+                BIASED=bias is not None,
             )  # fmt: skip

@@ -4,13 +4,17 @@ Token t goes to k experts e = index[t, j] with the router's weights w[t, j]; eac
 MLP, frozen, in 4 bit or not, with or without LoRA:
 
     y[t] = sum over j of w[t, j] Y_e(x[t])
-    Y_e(x) = D_e (act(g) * u)        [g | u] = U_e x
-    U_e = W_e + s B_e A_e   [2I, H]    D_e likewise, [H, I]
+    Y_e(x) = D_e (act(g) * u) + b_d,e     [g | u] = U_e x + b_u,e
+    U_e = W_e + s B_e A_e   [2I, H]       D_e likewise, [H, I]
+
+The biases are frozen, and mostly none. The activation may be a clamped one, and g and u may be
+alternating outputs (`clamped_swiglu`).
 
 The T k slots are sorted by expert once (`expert_order`); all products are grouped ones over the S =
 T k rows (`grouped_linear`), and the sum over a token's experts is taken in fp32 in a fixed order.
 Where W is written afresh anyway (4 bit, or cast to the compute dtype), LoRA is folded into K as in
-`lora_linear`, for W [E, N, K] goes straight into the left columns of the wider buffer:
+`lora_linear`, for W [E, N, K] goes straight into the left columns of the wider buffer (or, stored
+transposed, [E, K, N], into its upper rows):
 
     forward    Y  = [X, XA] [W, sB]^T            XA = X A^T
     backward   dX = [dY, G] [W; A]               G  = s dY B
@@ -20,7 +24,7 @@ else the narrow product is added in the large one's accumulator, or to its outpu
 Saved: x [T, H] (not its k copies), gate/up [S, 2I], the r-wide XA and MA, the order, w. Backward,
 from dy [T, H] gathered to the rows unweighted:
 
-    D = [dy, G_d] [W_d; A_d]        dw = <D, m>: the experts' outputs are not needed
+    D = [dy, G_d] [W_d; A_d]        dw = <D, m> + <dy, b_d>: without the experts' outputs
     dA_d = (w G_d)^T m              dB_d = s dy^T (w MA)
     dgate, dup of dM = w D          dA, dB of gate/up from G and XA as ever
     dx[t] = sum over j of dX        as in forward
@@ -29,13 +33,19 @@ The dequantised weights and the gathered rows live for one product; the allocato
 layer the same memory. Nothing is read back to the host.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafuse.kernels.clamped_swiglu import (
+    ClampedSwiglu,
+    clamped_swiglu_bwd_,
+    clamped_swiglu_fwd,
+)
+from lorafuse.kernels.clamped_swiglu import reference as clamped_reference
 from lorafuse.kernels.expert_glu import expert_glu_bwd_
 from lorafuse.kernels.expert_order import ExpertOrder, combine, gather, sort_by_expert
 from lorafuse.kernels.glu import glu_fwd
@@ -50,8 +60,12 @@ from lorafuse.kernels.lora_linear import (
 )
 from lorafuse.kernels.nf4 import Quantised4bit, dequantise_experts
 from lorafuse.kernels.nf4 import reference as dequantised
+from lorafuse.kernels.runtime import mm_fp32
 
-__all__ = ["ExpertProjection", "moe", "reference"]
+__all__ = ["Activation", "ExpertProjection", "moe", "reference"]
+
+# One of `glu.ACTIVATIONS`, of outputs whose first half is the gate; or a clamped one.
+Activation = str | ClampedSwiglu
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +75,8 @@ class ExpertProjection:
     Attributes:
         weight: [E, N, K] frozen, fp32/fp16/bf16, or `Quantised4bit` of [E * N, K].
         experts: E.
+        transposed: the weight is [E, K, N], or `Quantised4bit` of [E * K, N].
+        bias: [E, N] contiguous, frozen, or None.
         A: [E, R, K] or None where there is no active adapter.
         B: [E, N, R], any strides, present exactly when `A` is.
         scale: s, the adapter's scaling.
@@ -71,12 +87,15 @@ class ExpertProjection:
     A: Tensor | None = None
     B: Tensor | None = None
     scale: float = 1.0
+    transposed: bool = False
+    bias: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(E, N, K)."""
-        *_, n, k = self.weight.shape
-        return self.experts, int(n) // self.experts if self.packed else int(n), int(k)
+        *_, n, k = map(int, self.weight.shape)
+        n = n // self.experts if self.packed else n
+        return (self.experts, k, n) if self.transposed else (self.experts, n, k)
 
     @property
     def packed(self) -> bool:
@@ -93,7 +112,7 @@ def reference(
     weights: Tensor,
     gate_up: ExpertProjection,
     down: ExpertProjection,
-    activation: str,
+    activation: Activation,
 ) -> Tensor:
     """The definition in plain torch, expert by expert. x [T, H]; index and weights [T, k]."""
     y = x.new_zeros((x.shape[0], down.shape[1]))
@@ -102,8 +121,11 @@ def reference(
         if len(tokens) == 0:
             continue
         gu = _one_expert(gate_up, e, x[tokens])
-        gate, up = gu.chunk(2, -1)
-        m = glu_reference(gate, up, activation)
+        if isinstance(activation, ClampedSwiglu):
+            m = clamped_reference(gu, activation)
+        else:
+            gate, up = gu.chunk(2, -1)
+            m = glu_reference(gate, up, activation)
         out = _one_expert(down, e, m) * weights[tokens, j].unsqueeze(1)
         y = y.index_add(0, tokens, out.to(y.dtype))
     return y
@@ -111,11 +133,13 @@ def reference(
 
 def _one_expert(p: ExpertProjection, e: int, x: Tensor) -> Tensor:
     w = p.weight
-    weight = dequantised(w).view(p.shape)[e] if isinstance(w, Quantised4bit) else w[e]
-    y = x @ weight.to(x.dtype).t()
+    if isinstance(w, Quantised4bit):
+        w = dequantised(w).unflatten(0, (p.experts, -1))
+    weight = w[e]
+    y = x @ (weight if p.transposed else weight.t()).to(x.dtype)
     if p.A is not None and p.B is not None:
         y = y + (x @ p.A[e].to(x.dtype).t()) @ p.B[e].to(x.dtype).t() * p.scale
-    return y
+    return y if p.bias is None else y + p.bias[e].to(x.dtype)
 
 
 class _Projection:
@@ -144,13 +168,20 @@ class _Projection:
         whole = self._empty(rows.rows, columns + self.fold)
         return whole[:, :columns], whole if self.fold else None
 
+    def _buffer(self, n: int, k: int) -> Tensor:
+        """[E, n, k] to be filled, laid out as the weight is."""
+        if self.p.transposed:
+            return self._empty(self.E, k, n).transpose(1, 2)
+        return self._empty(self.E, n, k)
+
     def _weight(self, out: Tensor | None = None) -> Tensor:
-        """W [E, N, K], into `out` where that is given."""
-        w = self.p.weight
+        """W [E, N, K], into `out` where that is given: (a part of) a `_buffer`."""
+        w, transposed = self.p.weight, self.p.transposed
         if isinstance(w, Quantised4bit):
-            out = self._empty(*self.p.shape) if out is None else out
-            dequantise_experts(w, out)
+            out = self._buffer(self.N, self.K) if out is None else out
+            dequantise_experts(w, out.transpose(1, 2) if transposed else out)
             return out
+        w = w.transpose(1, 2) if transposed else w
         return w.to(self.dtype) if out is None else out.copy_(w)
 
     def _A(self, out: Tensor | None = None) -> Tensor:
@@ -181,7 +212,7 @@ class _Projection:
             K = self.K
             A = self._A(self._empty(self.E, self.fold, K))
             xA = grouped_linear(x, A, rows, out=wide[:, K:])
-            W = self._empty(self.E, self.N, K + self.fold)
+            W = self._buffer(self.N, K + self.fold)
             self._weight(W[..., :K])
             self._sB(W[..., K:])
             return grouped_linear(wide, W, rows), xA[:, : self.rank].contiguous()
@@ -204,7 +235,7 @@ class _Projection:
     ) -> Tensor:
         """dX [S, K]."""
         if wide is not None:
-            W = self._empty(self.E, self.N + self.fold, self.K)
+            W = self._buffer(self.N + self.fold, self.K)
             self._weight(W[:, : self.N])
             self._A(W[:, self.N :])
             return grouped_linear(wide, W.transpose(1, 2), rows)
@@ -240,16 +271,33 @@ class _Spec:
 
     gate_up: ExpertProjection
     down: ExpertProjection
-    activation: str
+    activation: Activation
     dtype: torch.dtype
 
     def projections(
         self, tensors: tuple[Tensor | None, ...], device: torch.device
     ) -> tuple[_Projection, _Projection]:
-        (A, B, A_down, B_down), g, d = tensors, self.gate_up, self.down
-        first = ExpertProjection(g.weight, g.experts, A, B, g.scale)
-        second = ExpertProjection(d.weight, d.experts, A_down, B_down, d.scale)
+        A, B, A_down, B_down = tensors
+        first, second = replace(self.gate_up, A=A, B=B), replace(self.down, A=A_down, B=B_down)
         return _Projection(first, self.dtype, device), _Projection(second, self.dtype, device)
+
+    def activate(self, gu: Tensor, rows: ExpertOrder, m: Tensor) -> None:
+        """Writes m [S, I] of gate/up [S, 2I]."""
+        if isinstance(self.activation, ClampedSwiglu):
+            clamped_swiglu_fwd(gu, self.gate_up.bias, rows, self.activation, m)
+        else:
+            gate, up = gu.chunk(2, 1)
+            glu_fwd(gate, up, self.activation, m)
+
+    def activate_bwd_(
+        self, gu: Tensor, D: Tensor, weight: Tensor, rows: ExpertOrder, dgu: Tensor
+    ) -> Tensor:
+        """Writes dgu and, in place of D, m. Returns <D, m> [T, k]."""
+        if isinstance(self.activation, ClampedSwiglu):
+            bias = self.gate_up.bias
+            return clamped_swiglu_bwd_(gu, bias, D, weight, rows, self.activation, dgu)
+        (gate, up), (dgate, dup) = gu.chunk(2, 1), dgu.chunk(2, 1)
+        return expert_glu_bwd_(gate, up, D, weight, rows, self.activation, dgate, dup)
 
 
 class MoeFunction(torch.autograd.Function):
@@ -265,35 +313,36 @@ class MoeFunction(torch.autograd.Function):
             flat = as_rows(x)
             gu, gA = _gate_up(first, flat, rows)
             m, m_wide = second.wide(rows, second.K)
-            glu_fwd(gu[:, : second.K], gu[:, second.K :], spec.activation, m)
+            spec.activate(gu, rows, m)
             out, mA = second.forward(m, m_wide, rows)
             del m, m_wide
             y = torch.empty((flat.shape[0], second.N), dtype=x.dtype, device=x.device)
             weight = weights.contiguous()
-            combine(out, rows, weight, y)
-        ctx.save_for_backward(x, weight, rows.order, rows.place, rows.ends, gu, gA, mA, *tensors)
+            combine(out, rows, weight, y, spec.down.bias)
+        ctx.save_for_backward(
+            x, weight, rows.order, rows.place, rows.ends, rows.index, gu, gA, mA, *tensors
+        )
         ctx.spec, ctx.k = spec, rows.k
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, order, place, ends, gu, gA, mA, *tensors = ctx.saved_tensors
+        x, weight, order, place, ends, index, gu, gA, mA, *tensors = ctx.saved_tensors
         spec, needs = ctx.spec, ctx.needs_input_grad
         needs_first, needs_second = needs[4:6], needs[6:8]
         with without_autocast(x):
-            rows = ExpertOrder(order, place, ends, ctx.k)
+            rows = ExpertOrder(order, place, ends, index, ctx.k)
             first, second = spec.projections(tuple(tensors), x.device)
-            flat, inner = as_rows(x), second.K
+            flat = as_rows(x)
             dout, dout_wide = second.wide(rows, second.N)
             gather(as_rows(dy), rows, dout)
             G = second.lora_gradient(dout, dout_wide, rows)
             D = second.input_gradient(dout, dout_wide, G, rows)
             dgu, dgu_wide = first.wide(rows, first.N)
-            dw = expert_glu_bwd_(
-                gu[:, :inner], gu[:, inner:], D, weight, rows, spec.activation,
-                dgu[:, :inner], dgu[:, inner:],
-            )  # fmt: skip
+            dw = spec.activate_bwd_(gu, D, weight, rows, dgu)
+            if needs[1] and spec.down.bias is not None:
+                dw += _bias_products(as_rows(dy).to(spec.dtype), spec.down.bias, rows)
             # one factor of each product carries w: the narrow one
             w = weight.reshape(-1)[order.long()].unsqueeze(1)
             below = second.gradients(
@@ -324,8 +373,20 @@ def _gate_up(first: _Projection, x: Tensor, rows: ExpertOrder) -> tuple[Tensor, 
     return first.forward(x.to(first.dtype), None, rows, by_token=True)
 
 
+def _bias_products(dy: Tensor, bias: Tensor, rows: ExpertOrder) -> Tensor:
+    """<dy[t], b_e> of each slot, [T, k]: with all experts' biases, which are few, in one GEMM."""
+    index, experts = rows.index.view(-1, rows.k).long(), bias.shape[0]
+    products = mm_fp32(dy, bias.to(dy.dtype).t()).gather(1, index.clamp(max=experts - 1))
+    return products.masked_fill_(index >= experts, 0)
+
+
 def _check(
-    x: Tensor, index: Tensor, weights: Tensor, gate_up: ExpertProjection, down: ExpertProjection
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: ExpertProjection,
+    down: ExpertProjection,
+    activation: Activation,
 ) -> None:
     (E, N, K), (E_down, N_down, K_down) = gate_up.shape, down.shape
     if x.dim() != 2 or x.shape[1] != K or index.shape != weights.shape or index.dim() != 2:
@@ -349,6 +410,13 @@ def _check(
                     f"A of {name} is {tuple(p.A.shape)} and B {tuple(p.B.shape)}; expected "
                     f"[{e}, r, {k}] and [{e}, {n}, r]"
                 )
+        if p.bias is not None and (p.bias.shape != p.shape[:2] or not p.bias.is_contiguous()):
+            raise ValueError(
+                f"the bias of {name} is {tuple(p.bias.shape)} with strides {p.bias.stride()}; "
+                f"expected a contiguous {p.shape[:2]}"
+            )
+    if gate_up.bias is not None and isinstance(activation, str):
+        raise ValueError("a bias of gate/up is added by `ClampedSwiglu` alone")
 
 
 def moe(
@@ -357,7 +425,7 @@ def moe(
     weights: Tensor,
     gate_up: ExpertProjection,
     down: ExpertProjection,
-    activation: str,
+    activation: Activation,
 ) -> Tensor:
     """y[t] = sum over j of weights[t, j] * (expert index[t, j])(x[t]).
 
@@ -368,9 +436,10 @@ def moe(
         x: [T, H], fp32/fp16/bf16 (fp64 for tests).
         index: [T, k] integers in [0, E). Entries from E on are left out of the sum.
         weights: [T, k], floating.
-        gate_up: of [E, 2I, H]; its first I outputs are the gate.
+        gate_up: of [E, 2I, H]. It has a bias with a `ClampedSwiglu` only.
         down: of [E, H, I].
-        activation: "silu", "gelu" (erf) or "gelu_tanh".
+        activation: "silu", "gelu" (erf) or "gelu_tanh", of outputs whose first I are the gate; or
+            a `ClampedSwiglu`, which says where the gate is.
 
     Returns:
         [T, H] in `x`'s dtype.
@@ -378,10 +447,10 @@ def moe(
     Raises:
         ValueError: shapes do not fit together.
     """
-    _check(x, index, weights, gate_up, down)
+    _check(x, index, weights, gate_up, down, activation)
     spec = _Spec(
-        ExpertProjection(gate_up.weight, gate_up.experts, scale=gate_up.scale),
-        ExpertProjection(down.weight, down.experts, scale=down.scale),
+        replace(gate_up, A=None, B=None),
+        replace(down, A=None, B=None),
         activation,
         compute_dtype(x),
     )

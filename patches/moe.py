@@ -1,15 +1,17 @@
 """The fused experts of a mixture of experts; router, auxiliary loss and shared experts stay stock.
 
-transformers keeps the experts' weights in one module, [E, 2I, H] and [E, H, I]. PEFT adapts such a
-parameter by a wrapper around the module (`target_parameters`), one in the other where both are
-adapted, and adds s B_e A_e for every expert to the whole weight in each forward. 4-bit experts are
-parametrized by bitsandbytes (`replace_parameter_4bit`; Axolotl's `quantize_moe_experts` uses it),
-and are dequantised whole. The fused forward stands on what the model calls, the outermost wrapper.
+transformers keeps the experts' weights in one module, [E, 2I, H] and [E, H, I], or transposed and
+with biases (gpt-oss). PEFT adapts such a parameter by a wrapper around the module
+(`target_parameters`), one in the other where both are adapted, and adds s B_e A_e for every expert
+to the whole weight in each forward. 4-bit experts are parametrized by bitsandbytes
+(`replace_parameter_4bit`; Axolotl's `quantize_moe_experts` uses it), and are dequantised whole.
+The fused forward stands on what the model calls, the outermost wrapper.
 """
 
 import copy
 import inspect
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from lorafuse.kernels.moe import ExpertProjection, moe
 from lorafuse.kernels.nf4 import Quantised4bit
 from lorafuse.patches.bind import FusedForward, Unsupported
 from lorafuse.patches.hooks import has_live_hooks
-from lorafuse.patches.structure import Experts, weight_shapes
+from lorafuse.patches.structure import Experts, bias_name, weight_shapes
 from lorafuse.patches.weights import check_plain, from_state
 
 # transformers' own ways to compute experts; another one was asked for by name.
@@ -38,17 +40,20 @@ class ExpertWeights:
         base: the module that holds it.
         name: its name there.
         wrapper: PEFT's wrapper of it, or None.
+        transposed: it is [E, in, out].
 
     Raises:
         Unsupported: it is of a kind that cannot be fused.
     """
 
-    def __init__(self, base: Any, name: str, wrapper: Any) -> None:
-        self.base, self.name, self.wrapper = base, name, wrapper
-        self.experts, self.out_features, self.in_features = weight_shapes(base)[name]
+    def __init__(self, base: Any, name: str, wrapper: Any, transposed: bool) -> None:
+        self.base, self.name, self.wrapper, self.transposed = base, name, wrapper, transposed
+        self.experts, *sizes = weight_shapes(base)[name]
+        self.out_features, self.in_features = sizes[::-1] if transposed else sizes
         self._state: Any = None
         self._known: Quantised4bit | None = None
         self.read()
+        self.read_bias()
 
     def read(self) -> Tensor | Quantised4bit:
         """The frozen weight; raises Unsupported."""
@@ -62,6 +67,16 @@ class ExpertWeights:
         if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise Unsupported(f"its experts' weights are {weight.dtype}")
         return weight
+
+    def read_bias(self) -> Tensor | None:
+        """The frozen bias [E, out] or None; raises Unsupported."""
+        bias: nn.Parameter | None = self.base._parameters.get(bias_name(self.name))
+        if bias is None:
+            return None
+        if bias.requires_grad:
+            raise Unsupported("its experts' biases are trained")
+        check_plain(bias, "its experts' bias")
+        return bias.contiguous()
 
     def _quantised(self, parametrized: Any) -> Quantised4bit:
         state = getattr(parametrized[0], "quant_state", None)
@@ -101,9 +116,12 @@ class ExpertWeights:
             raise Unsupported(
                 f"its experts compute in {own} but their input is {x.dtype}: use autocast"
             )
+        plain = ExpertProjection(
+            weight, self.experts, transposed=self.transposed, bias=self.read_bias()
+        )
         active = self._active()
         if not active:
-            return ExpertProjection(weight, self.experts)
+            return plain
         A, B, scales = [], [], []
         for name in active:
             down, up = self.wrapper.lora_A[name], self.wrapper.lora_B[name]
@@ -113,13 +131,26 @@ class ExpertWeights:
                 raise Unsupported("its LoRA has a bias")
             check_plain(down.weight, "its LoRA matrix")
             # as PEFT reads them: A's rows are an expert's ranks, B's columns a rank's experts
-            A.append(down.weight.reshape(self.experts, -1, self.in_features))
-            B.append(up.weight.reshape(self.out_features, -1, self.experts).permute(2, 0, 1))
+            a = down.weight.reshape(self.experts, -1, down.weight.shape[1])
+            b = up.weight.reshape(up.weight.shape[0], -1, self.experts).permute(2, 0, 1)
+            if self._turned():
+                a, b = b.transpose(1, 2), a.transpose(1, 2)
+            A.append(a)
+            B.append(b)
             scales.append(float(self.wrapper.scaling[name]))
         if len(active) == 1:
-            return ExpertProjection(weight, self.experts, A[0], B[0], scales[0])
+            return replace(plain, A=A[0], B=B[0], scale=scales[0])
         scaled = [b * s for b, s in zip(B, scales, strict=True)]
-        return ExpertProjection(weight, self.experts, torch.cat(A, 1), torch.cat(scaled, 2))
+        return replace(plain, A=torch.cat(A, 1), B=torch.cat(scaled, 2))
+
+    def _turned(self) -> bool:
+        """Whether PEFT takes the weight's inputs for outputs, so that its A is a B, and its B an A.
+
+        It takes a weight for [E, out, in] unless its module says `is_transposed`; before 0.19, for
+        [E, in, out]. Where the two sizes are equal, only its own mark tells.
+        """
+        taken_for_out_in = bool(getattr(self.wrapper, "_did_swap_in_out_features", False))
+        return taken_for_out_in == self.transposed
 
     def _active(self) -> list[str]:
         """Names of the adapters that this call applies."""
@@ -174,7 +205,7 @@ class FusedExperts(FusedForward):
         if odd := set(wrappers) - {experts.gate_up, experts.down}:
             raise Unsupported(f"its adapter is on {', '.join(sorted(odd))}")
         self.gate_up, self.down = (
-            ExpertWeights(self.base, name, wrappers.get(name))
+            ExpertWeights(self.base, name, wrappers.get(name), experts.transposed)
             for name in (experts.gate_up, experts.down)
         )
 
@@ -231,11 +262,10 @@ def small_copy(experts: Experts, count: int = EXPERTS) -> nn.Module:
         for name in (experts.gate_up, experts.down):
             if name in parametrized:
                 _fewer_packed(parametrized[name], count, memo)
-            else:
-                weight = base._parameters[name]
-                memo[id(weight)] = nn.Parameter(
-                    weight.data[:count].clone(), requires_grad=weight.requires_grad
-                )
+        for weight in base.parameters(recurse=False):  # and biases
+            memo[id(weight)] = nn.Parameter(
+                weight.data[:count].clone(), requires_grad=weight.requires_grad
+            )
         for wrapper in _chain(experts.module)[:-1]:
             for A, B in zip(wrapper.lora_A.values(), wrapper.lora_B.values(), strict=True):  # type: ignore[operator]
                 up = B.weight.data
@@ -317,7 +347,7 @@ def ignored_adapters(experts: Experts) -> str | None:
         return None
     # Asked of the module itself: torch caches a copy's weights under the original's name.
     lora = [p for n, p in experts.module.named_parameters() if "lora_" in n and p.requires_grad]
-    hidden = weight_shapes(experts.base)[experts.gate_up][2]
+    hidden = weight_shapes(experts.base)[experts.gate_up][1 if experts.transposed else 2]
     state = experts.base.parametrizations[experts.gate_up][0].quant_state  # type: ignore[index,union-attr]
     device = lora[0].device if lora else torch.device("cpu")
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():

@@ -6,6 +6,7 @@ then computes with it, and only a reading that reproduces the stock numbers is u
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from lorafuse.kernels.clamped_swiglu import ClampedSwiglu
+from lorafuse.kernels.clamped_swiglu import reference as clamped_swiglu
+from lorafuse.kernels.moe import Activation
 from lorafuse.kernels.rms_norm import reference as rms_norm
 
 NO_GATED_MLP = "no gated MLP (gate, up and down projections with an activation)"
@@ -103,23 +107,26 @@ class DecoderLayer:
 class Experts:
     """The experts of a mixture, kept as one weight [E, 2I, H] and one [E, H, I].
 
-    Called with hidden states [T, H], the router's choice and its weights, both [T, k].
+    Or as [E, H, 2I] and [E, I, H]; with a bias of each, [E, 2I] and [E, H], or without. Called with
+    hidden states [T, H], the router's choice and its weights, both [T, k].
 
     Attributes:
         module: what is called: the experts, or the outermost of PEFT's wrappers around them.
         base: the module that holds the weights.
         gate_up: the name of the weight of gate and up.
         down: the name of the weight of down.
-        activation: as in `GatedMlp`.
+        activation: as in `GatedMlp`, or a clamped one.
         problem: what makes them other experts than that; "" where nothing does.
+        transposed: the weights are [E, H, 2I] and [E, I, H].
     """
 
     module: nn.Module
     base: nn.Module
     gate_up: str = ""
     down: str = ""
-    activation: str = ""
+    activation: Activation = ""
     problem: str = ""
+    transposed: bool = False
 
 
 Description = RmsNorm | GatedMlp | Projections | Attention | DecoderLayer | Experts
@@ -138,6 +145,9 @@ _GATE_UP = (
     ("linear", "linear_v"),
     ("wi_0", "wi_1"),
 )
+# Where experts or their config say what their gate's sigmoid and clamp are; values tell the rest.
+_ALPHA = ("alpha", "swiglu_alpha")
+_LIMIT = ("limit", "swiglu_limit")
 _ACTIVATION = ("act_fn", "activation_fn", "act", "activation", "hidden_act", "nonlinearity")
 _QKV = (
     ("q_proj", "k_proj", "v_proj"),
@@ -410,6 +420,11 @@ def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def bias_name(weight: str) -> str:
+    """The name of the bias [E, N] of an experts' weight, as transformers' own ways read it."""
+    return f"{weight}_bias"
+
+
 def recognise_experts(module: nn.Module) -> Experts | None:
     """Two weights of three dimensions that share the first, E; under PEFT's wrappers or bare."""
     base: Any = module
@@ -423,47 +438,84 @@ def recognise_experts(module: nn.Module) -> Experts | None:
         return None
     names = sorted(large, key=lambda name: math.prod(large[name]))
     down, gate_up = names[0], names[-1]
-    (_, wide, hidden), (_, out, inner) = large[gate_up], large[down]
-    activation = _gate_of(base)
+    (E, *sizes), (_, *sizes_down) = large[gate_up], large[down]
+    # Gate and up are twice as wide as what goes into down: no two sizes make both of these true.
+    straight = sizes == [2 * sizes_down[1], sizes_down[0]]
+    transposed = sizes == [sizes_down[1], 2 * sizes_down[0]]
+    wide, hidden = sizes[::-1] if transposed else sizes
+    biases = {bias_name(gate_up): (E, wide), bias_name(down): (E, hidden)}
+    more = sorted(n for n in set(shapes) - set(large) if shapes[n] != biases.get(n))
+    activation = _gate_of(base, bias_name(gate_up) in shapes)
     problem = ""
     if len(inspect.signature(type(base).forward).parameters) != 4:  # and self
         problem = "its experts are not called with hidden states, the router's choice and weights"
-    elif len(large) == 2 and hidden == 2 * out and wide == inner:
-        problem = "its experts' weights are stored transposed"
-    elif len(large) != 2 or wide != 2 * inner or hidden != out:
+    elif len(large) != 2 or not (straight or transposed):
         problem = NO_EXPERTS
-    elif len(shapes) > 2:
-        problem = f"its experts have more weights: {', '.join(sorted(set(shapes) - set(large)))}"
+    elif getattr(base, "is_transposed", transposed) != transposed:
+        problem = "its experts' weights are not as is_transposed says"
+    elif more:
+        problem = f"its experts have more weights: {', '.join(more)}"
     elif activation is None:
-        problem = "its experts' gate is not act(gate) * up with SiLU or GELU"
-    if problem and not _counts_experts(base, large[down][0]):
+        problem = "its experts' gate is not act(gate) * up with SiLU or GELU, nor a clamped SwiGLU"
+    if problem and not _counts_experts(base, E):
         return None  # other weights of three dimensions
-    return Experts(module, base, gate_up, down, activation or "", problem)
+    return Experts(module, base, gate_up, down, activation or "", problem, transposed)
 
 
 def _counts_experts(base: nn.Module, count: int) -> bool:
     return any("expert" in name and value == count for name, value in vars(base).items())
 
 
-def _gate_of(base: Any) -> str | None:
-    """The activation of act(gate) * up, told by the module's own `_apply_gate` or activation."""
+def _gate_of(base: Any, biased: bool) -> Activation | None:
+    """The activation of gate and up, told by the values of `_apply_gate` or of the activation.
+
+    Args:
+        base: the experts.
+        biased: gate and up have a bias, which only the clamped ones take.
+    """
     apply_gate = getattr(base, "_apply_gate", None)
     if apply_gate is None:
         others = [getattr(base, name, None) for name in _ACTIVATION]
-        return next((name for f in others if (name := recognise_activation(f))), None)
-    x = torch.linspace(-40, 40, 514).view(2, 257).t().reshape(1, -1)  # gates, and then ups
+        return None if biased else next((n for f in others if (n := recognise_activation(f))), None)
+    x = _pairs(40.0)
     gate, up = x.chunk(2, -1)
+    for name, activation in _ACTIVATIONS.items():
+        if not biased and _gives(apply_gate, x, activation(gate) * up):
+            return name
+    alphas = *_declared(base, _ALPHA), 1.0
+    limits = *_declared(base, _LIMIT), math.inf
+    for alpha, limit, offset, interleaved in itertools.product(
+        alphas, limits, (0.0, 1.0), (False, True)
+    ):
+        clamped = ClampedSwiglu(alpha, limit, offset, interleaved)
+        x = _pairs(40.0 if limit == math.inf else 3 * limit)
+        if _gives(apply_gate, x, clamped_swiglu(x, clamped)):
+            return clamped
+    return None
+
+
+def _declared(base: Any, names: Sequence[str]) -> list[float]:
+    """The positive numbers that the module or its config has under these names."""
+    holders = base, getattr(base, "config", None)
+    values = [getattr(holder, name, None) for holder in holders for name in names]
+    return [float(v) for v in values if isinstance(v, int | float) and v > 0]
+
+
+def _pairs(reach: float) -> Tensor:
+    """[2, 514] gates and ups, whichever are which: within +-4, where sigmoids bend, and +-reach."""
+    x = torch.rand(2, 514, generator=torch.Generator().manual_seed(0), device="cpu")
+    return (2 * x - 1) * torch.tensor([[4.0], [reach]], device="cpu")
+
+
+def _gives(apply_gate: Callable[[Tensor], Any], x: Tensor, expected: Tensor) -> bool:
     try:
         with torch.no_grad():
             y = apply_gate(x)
     except Exception:  # somebody else's method may raise anything; then it is another gate
-        return None
-    if not isinstance(y, Tensor) or y.shape != gate.shape:
-        return None
-    for name, activation in _ACTIVATIONS.items():
-        if torch.allclose(y, activation(gate) * up, rtol=1e-5, atol=1e-5):
-            return name
-    return None
+        return False
+    if not isinstance(y, Tensor) or y.shape != expected.shape:
+        return False
+    return torch.allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
 BUILTIN_STRUCTURES: tuple[Recogniser, ...] = (

@@ -307,7 +307,7 @@ def _prepared_copy(block: nn.Module) -> nn.Module:
                 parameter.grad = None
                 if "lora_B" in name and key == "weight":
                     parameter.copy_(torch.randn_like(parameter) * 0.02)
-                elif key == "bias" or (parameter.dim() == 1 and not is_linear(module)):
+                elif key.endswith("bias") or (parameter.dim() == 1 and not is_linear(module)):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     return replica
 

@@ -3,10 +3,12 @@
     python integration_tests/gpu/moe_step_times.py --stages check variants
     python integration_tests/gpu/moe_step_times.py --stages steps --layers 8
     python integration_tests/gpu/moe_step_times.py --stages steps --only mixtral-8x7b/nf4
+    python integration_tests/gpu/moe_step_times.py --stages steps --only gpt-oss --batch 8 \
+        --tokens 1024 --layers 4  # its attention is eager: rows of 4096 take 20 GB a layer
     python integration_tests/gpu/moe_step_times.py --tiny --device cpu  # does it run?
 
 check: the kernels against fp32, both ways to the large products, and a small model's step fused
-against stock. variants: the grouped products of Mixtral-8x7B and Qwen3-30B-A3B, by
+against stock. variants: the grouped products of Mixtral-8x7B, Qwen3-30B-A3B and gpt-oss-20b, by
 `torch.nn.functional.grouped_mm` (plain, with LoRA folded into K, with LoRA added) and by our kernel
 in several tilings; and what stands around them. steps: tokens/s and peak memory of whole training
 steps, stock (the best of transformers' ways, gradient checkpointing) and fused (with it, and
@@ -41,10 +43,21 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from lorafuse import FuseConfig, fuse
 from lorafuse.kernels import grouped_linear as grouped
+from lorafuse.kernels.clamped_swiglu import (
+    ClampedSwiglu,
+    clamped_swiglu_bwd_,
+    clamped_swiglu_fwd,
+)
 from lorafuse.kernels.expert_glu import expert_glu_bwd_
 from lorafuse.kernels.expert_order import combine, gather, sort_by_expert
 from lorafuse.kernels.glu import glu_fwd
@@ -83,6 +96,18 @@ def qwen3(**changes: int) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(**(sizes | changes), norm_topk_prob=True)
 
 
+def gpt_oss(**changes: int) -> GptOssConfig:
+    """openai/gpt-oss-20b."""
+    sizes = {
+        "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
+        "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128,
+    }  # fmt: skip
+    config = GptOssConfig(**(sizes | changes))
+    config._attn_implementation = "eager"  # sdpa knows no sinks
+    return config
+
+
 TINY = {
     "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -90,14 +115,19 @@ TINY = {
 TINY_QWEN3 = TINY | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
                      "head_dim": 16, "intermediate_size": 128}  # fmt: skip
 TINY_MIXTRAL = TINY | {"num_local_experts": 4, "intermediate_size": 128}
-GEOMETRIES: dict[str, Callable[..., PretrainedConfig]] = {
-    "mixtral-8x7b": mixtral, "qwen3-30b-a3b": qwen3,
-}  # fmt: skip
+TINY_GPT_OSS = TINY_MIXTRAL | {"num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8}
+GEOMETRIES: dict[str, tuple[Callable[..., PretrainedConfig], dict[str, int]]] = {
+    "mixtral-8x7b": (mixtral, TINY_MIXTRAL),
+    "qwen3-30b-a3b": (qwen3, TINY_QWEN3),
+    "gpt-oss-20b": (gpt_oss, TINY_GPT_OSS),
+}
+# gpt-oss's, whose weights are stored transposed, too
+CLAMPED = ClampedSwiglu(1.702, 7.0, 1.0, interleaved=True)
 
 
 def geometry(name: str, tiny: bool) -> PretrainedConfig:
-    changes = {"mixtral-8x7b": TINY_MIXTRAL, "qwen3-30b-a3b": TINY_QWEN3}[name] if tiny else {}
-    return GEOMETRIES[name](**changes)
+    make, changes = GEOMETRIES[name]
+    return make(**changes if tiny else {})
 
 
 class Results:
@@ -143,8 +173,17 @@ def relative(ours: Tensor, exact: Tensor) -> float:
 # check
 
 
-def check_kernels(results: Results, device: torch.device, tiny: bool) -> None:
-    """moe() in bf16, both ways, against the definition in fp32: at most twice torch's own error."""
+def check_kernels(
+    results: Results, device: torch.device, tiny: bool, clamped: ClampedSwiglu | None
+) -> None:
+    """moe() in bf16, both ways, against the definition in fp32: at most twice torch's own error.
+
+    Args:
+        results: where the errors go.
+        device: of the tensors.
+        tiny: small sizes.
+        clamped: experts like gpt-oss's, transposed and biased, with this activation.
+    """
     T, E, k, H, inner, r = (40, 4, 2, 64, 32, 4) if tiny else (3000, 16, 4, 1024, 512, 16)
     generator = torch.Generator().manual_seed(0)
 
@@ -155,6 +194,9 @@ def check_kernels(results: Results, device: torch.device, tiny: bool) -> None:
     index = torch.rand(T, E - 1, generator=generator).topk(k, dim=1).indices.to(device)
     tensors = [draw(T, H), draw(T, k).sigmoid()]
     weights = [draw(E, 2 * inner, H, scale=H**-0.5), draw(E, H, inner, scale=inner**-0.5)]
+    biases = [draw(E, n) if clamped else None for n in (2 * inner, H)]
+    if clamped:
+        weights = [w.transpose(1, 2).contiguous() for w in weights]
     for n, w in ((2 * inner, H), (H, inner)):
         tensors += [draw(E, r, w, scale=w**-0.5), draw(E, n, r, scale=0.3)]
 
@@ -162,21 +204,27 @@ def check_kernels(results: Results, device: torch.device, tiny: bool) -> None:
         leaves = [t.detach().requires_grad_() for t in given]
         x, w, *adapters = leaves
         projections = [
-            ExpertProjection(one, E, *adapters[2 * i : 2 * i + 2], 0.5)
-            for i, one in enumerate(base)
-        ]
-        y = function(x, index, w, *projections, "silu")
+            ExpertProjection(
+                one, E, *adapters[2 * i : 2 * i + 2], 0.5, clamped is not None,
+                None if bias is None else bias.to(x.dtype),
+            )
+            for i, (one, bias) in enumerate(zip(base, biases, strict=True))
+        ]  # fmt: skip
+        y = function(x, index, w, *projections, clamped or "silu")
         y.backward(torch.ones_like(y))
         return [y.detach(), *(t.grad for t in leaves if t.grad is not None)]
 
     exact = run(reference, [t.float() for t in tensors], [w.float() for w in weights])
     stock = run(reference, tensors, weights)
     names = ("y", "dx", "dw", "dA gate/up", "dB gate/up", "dA down", "dB down")
+    like = "like gpt-oss, " if clamped else ""
     for base in ("grouped_mm", "triton"):
         with way(base):
             ours = run(moe, tensors, weights)
         for name, a, b, c in zip(names, ours, stock, exact, strict=True):
-            results.check(f"kernel, {base}, {name}", relative(a, c), 2 * relative(b, c) + 4e-3)
+            results.check(
+                f"kernel, {like}{base}, {name}", relative(a, c), 2 * relative(b, c) + 4e-3
+            )
 
 
 @contextmanager
@@ -252,6 +300,12 @@ def variants(results: Results, name: str, args: argparse.Namespace) -> None:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=torch.bfloat16)
 
+    clamped = config.model_type == "gpt_oss"
+
+    def weights_of(n: int, k: int) -> Tensor:
+        """[E, n, k] as the family stores it."""
+        return draw(E, k, n).transpose(1, 2) if clamped else draw(E, n, k)
+
     def add(what: str, function: Callable[[], Any], flop: float = 0, moved: float = 0) -> float:
         try:
             ms = time_ms(function, device)
@@ -267,7 +321,7 @@ def variants(results: Results, name: str, args: argparse.Namespace) -> None:
         return ms
 
     for part, N, K in (("gate/up", 2 * inner, H), ("down", H, inner)):
-        w, u = draw(E, N, K), draw(S, r)
+        w, u = weights_of(N, K), draw(S, r)
         v_in, v_out = draw(E, K, r), draw(E, N, r)
         for direction, n, c, weight, v in (
             ("forward", N, K, w, v_out), ("dX", K, N, w.transpose(1, 2), v_in),
@@ -294,9 +348,9 @@ def variants(results: Results, name: str, args: argparse.Namespace) -> None:
                 best["grouped_mm, LoRA added"] = add(
                     f"{title}: grouped_mm, LoRA added", added, flop
                 )
-            folded, wide_x = draw(E, n, c + 64), draw(S, c + 64)
+            folded, wide_x = weights_of(n, c + 64), draw(S, c + 64)
             if direction == "dX":  # as `input_gradient` lays it out
-                folded = draw(E, c + 64, n).transpose(1, 2)
+                folded = weights_of(c + 64, n).transpose(1, 2)
             best["grouped_mm, LoRA folded"] = add(
                 f"{title}: grouped_mm, LoRA folded",
                 lambda a=wide_x, b=folded: grouped._grouped_mm(a, b, rows), flop,
@@ -322,21 +376,35 @@ def variants(results: Results, name: str, args: argparse.Namespace) -> None:
         add(f"{part}: G", lambda d=dy, B=G: grouped.grouped_linear(d, B, rows), 0, 2 * S * N)
         add(f"{part}: dA", lambda x=xr, u=u: grouped.grouped_outer(u, x, rows), 0, 2 * S * K)
         add(f"{part}: dB", lambda d=dy, u=u: grouped.grouped_outer(u, d, rows), 0, 2 * S * N)
-        packed = four_bit(w, device)
+        stored = w.transpose(1, 2) if clamped else w
+        packed = four_bit(stored, device)
         if packed is not None:
-            out = torch.empty(E, N, K + 64, device=device, dtype=torch.bfloat16)[..., :K]
+            columns = stored.shape[2]
+            out = draw(E, stored.shape[1], columns + 64)[..., :columns]
             add(f"{part}: dequantise", lambda p=packed, o=out: dequantise_experts(p, o), 0,
                 2.5 * E * N * K)  # fmt: skip
-        del w, dy, xr
+        del w, stored, dy, xr
     gu, m, dgu = draw(S, 2 * inner), draw(S, inner), draw(S, 2 * inner + 64)
     weights, y, out = torch.rand(T, k, device=device), draw(S, H), draw(T, H)
     halves = [t[:, s : s + inner] for t in (gu, dgu) for s in (0, inner)]
     add("sort", lambda: sort_by_expert(index, E))
-    add("GLU forward", lambda: glu_fwd(*halves[:2], "silu", m), 0, 6 * S * inner)
-    add("GLU backward with dw",
-        lambda: expert_glu_bwd_(*halves[:2], m, weights, rows, "silu", *halves[2:]), 0,
-        12 * S * inner)  # fmt: skip
-    add("combine", lambda: combine(y, rows, weights, out), 0, 2 * S * H + 2 * T * H)
+    bias_gu, bias = (draw(E, n) if clamped else None for n in (2 * inner, H))
+
+    def forward() -> None:
+        if clamped:
+            clamped_swiglu_fwd(gu, bias_gu, rows, CLAMPED, m)
+        else:
+            glu_fwd(*halves[:2], "silu", m)
+
+    def backward() -> None:
+        if clamped:
+            clamped_swiglu_bwd_(gu, bias_gu, m, weights, rows, CLAMPED, dgu[:, : 2 * inner])
+        else:
+            expert_glu_bwd_(*halves[:2], m, weights, rows, "silu", *halves[2:])
+
+    add("GLU forward", forward, 0, 6 * S * inner)
+    add("GLU backward with dw", backward, 0, 12 * S * inner)
+    add("combine", lambda: combine(y, rows, weights, out, bias), 0, 2 * S * H + 2 * T * H)
 
 
 def four_bit(w: Tensor, device: torch.device) -> Any:
@@ -378,8 +446,9 @@ def build(
     config.output_router_logits = True
     if hasattr(config, "layer_types") and config.layer_types:
         config.layer_types = config.layer_types[: case.layers]
+    attention = config._attn_implementation or "sdpa"
     with init_empty_weights(include_buffers=False):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     torch.manual_seed(0)
     head = base.get_output_embeddings()
     holders = [n for n, m in base.named_modules() if recognise_experts(m) is not None]
@@ -388,13 +457,16 @@ def build(
             linear = _nf4(module, device)
             linear.compute_dtype = dtype
             linear.weight.quant_state.dtype = dtype
+            if module.bias is not None:
+                bias = _drawn("bias", module.bias, device).to(dtype)
+                linear.bias = nn.Parameter(bias, False)
             base.set_submodule(name, linear)
             continue
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 drawn = nn.Parameter(_drawn(key, parameter, device).to(dtype), False)
                 module.register_parameter(key, drawn)
-                if case.quant == "nf4" and name in holders:
+                if case.quant == "nf4" and name in holders and drawn.dim() == 3:
                     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
                     replace_parameter_4bit(module, key, compress_statistics=True)
@@ -527,7 +599,7 @@ def layers_that_may_fit(name: str, quant: str, args: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stages", nargs="*", default=["check", "variants", "steps"])
-    parser.add_argument("--only", default="", help="part of NAME/nf4 or NAME/none, for steps")
+    parser.add_argument("--only", default="", help="part of NAME/nf4 or NAME/none; all are checked")
     parser.add_argument("--bases", nargs="*", default=["grouped_mm"], help="or triton, for steps")
     parser.add_argument("--layers", type=int, help="without it, as many as fit")
     parser.add_argument("--rank", type=int, default=16)
@@ -547,10 +619,12 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder / "moe_step_times.json", args)
     if "check" in args.stages:
-        check_kernels(results, torch.device(args.device), args.tiny)
+        for clamped in (None, CLAMPED):
+            check_kernels(results, torch.device(args.device), args.tiny, clamped)
         small = argparse.Namespace(**(vars(args) | {"tokens": 32, "rank": 4, "steps": 1}))
         check_models(results, small)
-    for name in GEOMETRIES if "variants" in args.stages else ():
+    named = [name for name in GEOMETRIES if args.only.partition("/")[0] in name]
+    for name in named if "variants" in args.stages else ():
         variants(results, name, args)
         gc.collect()
     cases = [

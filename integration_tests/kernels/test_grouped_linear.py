@@ -7,7 +7,6 @@ from lorafuse.kernels import grouped_linear as grouped
 from lorafuse.kernels.expert_order import (
     ExpertOrder,
     combine,
-    combine_reference,
     gather,
     sort_by_expert,
 )
@@ -71,7 +70,8 @@ def test_slots_of_other_ranks_come_last_and_count_for_nothing(device, randn) -> 
 
 @pytest.mark.parametrize("width", [1, 7, 64])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_gather_and_combine(randn, device, dtype, rows, width, weighted) -> None:
+@pytest.mark.parametrize("biased", [True, False])
+def test_gather_and_combine(randn, device, dtype, rows, width, weighted, biased) -> None:
     tokens = rows.rows // rows.k
     x = randn(tokens, width + 3, dtype=dtype)[:, 3:]
     wide = torch.zeros(rows.rows, width + 2, dtype=dtype, device=device)
@@ -80,8 +80,14 @@ def test_gather_and_combine(randn, device, dtype, rows, width, weighted) -> None
     assert not wide[:, width:].any()
     weights = randn(tokens, rows.k) if weighted else None
     out = torch.zeros(tokens, width + 2, dtype=dtype, device=device)
-    combine(wide[:, :width], rows, weights, out[:, :width])
-    wanted = combine_reference(wide[:, :width].double(), rows, weights)
+    bias = randn(rows.ends.shape[0], width, dtype=dtype) if biased else None
+    combine(wide[:, :width], rows, weights, out[:, :width], bias)
+    slots = x.double().repeat_interleave(rows.k, 0)
+    if bias is not None:
+        slots += bias.double()[rows.index]
+    if weights is not None:
+        slots *= weights.double().view(-1, 1)
+    wanted = slots.view(tokens, rows.k, width).sum(1)
     limit = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(out[:, :width].double(), wanted, rtol=limit, atol=limit)
     assert not out[:, width:].any()

@@ -1,5 +1,6 @@
 """Experts with LoRA: the output and every gradient, the router's among them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from lorafuse.kernels import grouped_linear as grouped
 from lorafuse.kernels import moe as moe_file
 from lorafuse.kernels import runtime
+from lorafuse.kernels.clamped_swiglu import ClampedSwiglu
 from lorafuse.kernels.expert_glu import expert_glu_bwd_
 from lorafuse.kernels.expert_glu import reference as glu_reference
 from lorafuse.kernels.expert_order import sort_by_expert
@@ -25,9 +27,23 @@ TRUNCATED = 3
 class Experts:
     """Tensors of one layer's experts, and calls of the kernel and of its definition on them."""
 
-    def __init__(self, randn, dtype, E=4, H=24, inner=20, ranks=(3, 5), nf4=False) -> None:
-        self.E, self.shapes = E, [(2 * inner, H), (H, inner)]
+    def __init__(
+        self,
+        randn,
+        dtype,
+        E=4,
+        H=24,
+        inner=20,
+        ranks=(3, 5),
+        nf4=False,
+        transposed=False,
+        biased=False,
+    ) -> None:
+        self.E, self.shapes, self.transposed = E, [(2 * inner, H), (H, inner)], transposed
         self.weights: list[Any] = [(randn(E, n, k) / k**0.5).to(dtype) for n, k in self.shapes]
+        if transposed:
+            self.weights = [w.transpose(1, 2).contiguous() for w in self.weights]
+        self.biases = [randn(E, n).to(dtype) if biased else None for n, _ in self.shapes]
         self.plain = self.weights
         if nf4:
             self.weights = [four_bit(w.float().flatten(0, 1)) for w in self.plain]
@@ -50,12 +66,30 @@ class Experts:
                     given.get(f"A{i}"),
                     given[f"B{i}"].permute(2, 0, 1) if f"B{i}" in given else None,
                     0.5,
+                    self.transposed,
+                    None if self.biases[i] is None else self.biases[i].to(x.dtype),
                 )
                 for i, base in enumerate(weights or self.weights)
             ]
             return function(x, index, w, *projections, activation)
 
         return run
+
+
+# With a limit that many reach here; and, for 16 bit, its own one, which none does: where a rounding
+# takes a gate over the limit, it decides about the whole gradient (`test_clamped_swiglu`).
+GPT_OSS = ClampedSwiglu(1.702, 0.8, 1.0, interleaved=True)
+OUT_OF_REACH = replace(GPT_OSS, limit=7.0)
+
+
+def gpt_oss(dtype: torch.dtype) -> ClampedSwiglu:
+    if dtype == torch.bfloat16 and runtime.interpreting():
+        pytest.skip("the interpreter truncates, five times in this activation; fp16 it rounds")
+    return GPT_OSS if dtype == torch.float32 else OUT_OF_REACH
+
+
+def like_gpt_oss(randn, dtype, *args, **kwargs) -> Experts:
+    return Experts(randn, dtype, *args, transposed=True, biased=True, **kwargs)
 
 
 def route(device, tokens, E, k, spared=True) -> Tensor:
@@ -115,13 +149,9 @@ def test_4_bit_experts(oracle, randn, dtype, device, ranks) -> None:
     )
 
 
-@pytest.mark.parametrize("ranks", [(4, 3), (0, 0)])
-@pytest.mark.parametrize("nf4", [True, False])
-def test_the_way_through_grouped_mm(
-    oracle, randn, device, monkeypatch, triton_runs, nf4, ranks
-) -> None:
-    """Torch has grouped_mm on a CPU, too: what is gathered, folded and added around it is right."""
-    used = []
+def by_grouped_mm(monkeypatch) -> list[bool]:
+    """Takes that way in what follows; the list says for which products it did."""
+    used: list[bool] = []
 
     def uses(x: Tensor, n: int, k: int) -> bool:
         used.append(x.dtype == torch.bfloat16 and min(n, k) >= 16)
@@ -129,9 +159,73 @@ def test_the_way_through_grouped_mm(
 
     monkeypatch.setattr(grouped, "uses_grouped_mm", uses)
     monkeypatch.setattr(moe_file, "uses_grouped_mm", uses)
+    return used
+
+
+@pytest.mark.parametrize("ranks", [(4, 3), (0, 0)])
+@pytest.mark.parametrize("nf4", [True, False])
+def test_the_way_through_grouped_mm(
+    oracle, randn, device, monkeypatch, triton_runs, nf4, ranks
+) -> None:
+    """Torch has grouped_mm on a CPU, too: what is gathered, folded and added around it is right."""
+    used = by_grouped_mm(monkeypatch)
     experts = Experts(randn, torch.bfloat16, 4, 32, 24, ranks, nf4)
     check(oracle, randn, experts, torch.bfloat16, route(device, 13, 4, 2))
     assert sum(used) >= 4  # gate/up and down, forward and dX
+
+
+@pytest.mark.parametrize("nf4", [True, False])
+@pytest.mark.parametrize("ranks", [(3, 5), (0, 4), (4, 0), (0, 0), (16, 64)])
+def test_experts_like_gpt_oss(oracle, randn, dtype, device, ranks, nf4) -> None:
+    """Transposed, biased, alternating, clamped; frozen or with LoRA on either."""
+    experts = like_gpt_oss(randn, dtype, ranks=ranks, nf4=nf4)
+    check(oracle, randn, experts, dtype, route(device, 15, 4, 2), gpt_oss(dtype))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "E", "k", "H", "inner"),
+    [(7, 1, 1, 24, 20), (9, 3, 1, 37, 23), (1, 5, 2, 24, 24), (12, 6, 6, 40, 20)],
+)
+def test_other_sizes_like_gpt_oss(oracle, randn, dtype, device, tokens, E, k, H, inner) -> None:
+    """H = I and H = 2I among them."""
+    experts = like_gpt_oss(randn, dtype, E, H, inner, (4, 4))
+    check(oracle, randn, experts, dtype, route(device, tokens, E, k), gpt_oss(dtype))
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("activation", [ClampedSwiglu(limit=0.8), GPT_OSS, "silu"])
+def test_each_difference_alone(oracle, randn, device, transposed, biased, activation) -> None:
+    experts = Experts(randn, torch.float32, transposed=transposed, biased=biased)
+    if activation == "silu":
+        experts.biases[0] = None
+    check(oracle, randn, experts, torch.float32, route(device, 11, 4, 2), activation)
+
+
+@pytest.mark.parametrize("frozen", [("x",), ("w",), ("x", "w")])
+def test_any_subset_of_gradients_like_gpt_oss(oracle, randn, device, frozen) -> None:
+    experts = like_gpt_oss(randn, torch.float32)
+    check(oracle, randn, experts, torch.float32, route(device, 9, 4, 2), GPT_OSS, frozen)
+
+
+@pytest.mark.parametrize("ranks", [(4, 3), (0, 0)])
+@pytest.mark.parametrize("nf4", [True, False])
+def test_the_way_through_grouped_mm_like_gpt_oss(
+    oracle, randn, device, monkeypatch, triton_runs, nf4, ranks
+) -> None:
+    used = by_grouped_mm(monkeypatch)
+    experts = like_gpt_oss(randn, torch.bfloat16, 4, 32, 24, ranks, nf4)
+    check(oracle, randn, experts, torch.bfloat16, route(device, 13, 4, 2), OUT_OF_REACH)
+    assert sum(used) >= 4
+
+
+def test_gradcheck_like_gpt_oss(randn, device) -> None:
+    """With fewer experts than the index names: their slots count for nothing, in any gradient."""
+    experts = like_gpt_oss(randn, torch.float64, 3, 4, 3, (2, 1))
+    inputs = [randn(3, 4, dtype=torch.float64), randn(3, 2, dtype=torch.float64)]
+    inputs = [t.requires_grad_() for t in (*inputs, *experts.tensors.values())]
+    index = torch.tensor([[0, 2], [5, 1], [3, 4]], device=device)
+    assert torch.autograd.gradcheck(experts.call(moe, index, GPT_OSS), inputs)
 
 
 def test_gradcheck_in_fp64(randn, device) -> None:
@@ -218,7 +312,7 @@ def test_what_is_saved_is_as_small_as_it_can_be(randn, device, nf4) -> None:
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         experts.call(moe, route(device, T, E, k))(x, w, *tensors)
     S = T * k
-    assert sum(sizes.values()) == T * H + S + S * (2 * inner + sum(ranks)) + 2 * S + E
+    assert sum(sizes.values()) == T * H + S + S * (2 * inner + sum(ranks)) + 3 * S + E
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
@@ -259,6 +353,10 @@ def test_sizes_that_do_not_fit_are_named(randn, device) -> None:
         moe(randn(3, 20), index, w, gate_up, down, "silu")
     with pytest.raises(ValueError, match="3 tokens, but index has 2"):
         moe(x, index[:2], w[:2], gate_up, down, "silu")
+    with pytest.raises(ValueError, match=r"expected a contiguous \(4, 40\)"):
+        moe(x, index, w, replace(gate_up, bias=randn(4, 24)), down, GPT_OSS)
+    with pytest.raises(ValueError, match="added by `ClampedSwiglu` alone"):
+        moe(x, index, w, replace(gate_up, bias=randn(4, 40)), down, "silu")
     with pytest.raises(ValueError, match="A and B of down come together"):
         moe(x, index, w, gate_up, ExpertProjection(down.weight, 4, randn(4, 2, 20)), "silu")
 
@@ -271,3 +369,14 @@ def test_large(cuda, randn, oracle, monkeypatch, base, nf4) -> None:
     monkeypatch.setattr(grouped, "BASE", base)
     experts = Experts(randn, torch.bfloat16, 16, 2048, 768, (16, 16), nf4)
     check(oracle, randn, experts, torch.bfloat16, route(cuda, 2000, 16, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("base", ["grouped_mm", "triton"])
+@pytest.mark.parametrize("nf4", [True, False])
+@pytest.mark.parametrize("ranks", [(16, 16), (0, 0)])
+def test_large_like_gpt_oss(cuda, randn, oracle, monkeypatch, base, nf4, ranks) -> None:
+    """gpt-oss-20b's widths, with fewer experts."""
+    monkeypatch.setattr(grouped, "BASE", base)
+    experts = like_gpt_oss(randn, torch.bfloat16, 8, 2880, 2880, ranks, nf4)
+    check(oracle, randn, experts, torch.bfloat16, route(cuda, 1500, 8, 4), OUT_OF_REACH)

@@ -65,6 +65,7 @@ class Named:
         fused: operation -> modules in which it is fused and called; nothing: none.
         attention: attn_implementation.
         targets: PEFT's target_modules.
+        parameters: PEFT's target_parameters.
     """
 
     config: str
@@ -73,6 +74,7 @@ class Named:
     fused: dict[str, int] = field(default_factory=dict)
     attention: str = "sdpa"
     targets: Any = "all-linear"
+    parameters: list[str] | None = None
 
     def build(self) -> PretrainedConfig:
         config_class: Any = getattr(transformers, f"{self.config}Config")
@@ -218,7 +220,8 @@ NAMED: dict[str, Named] = {
         "GptOss",
         {**MOE, "head_dim": 32, "sliding_window": 8, "layer_types": [SLIDING, FULL],
          "rope_parameters": {**YARN, "truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}},
-        layers=0, fused=fused(0, 2, 2, 5, 0), attention="eager", targets=EXPERTS,
+        layers=0, fused={**fused(0, 2, 2, 5, 0), "moe": 2}, attention="eager", targets=EXPERTS,
+        parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     ),
     "Granite 3": Named("Granite", GRANITE, fused=WHOLE),
     "Command R": Named(
@@ -285,8 +288,9 @@ def make(make_peft: Make) -> Make:
         if dtype != torch.float32:
             named = named.without_choice()
         return make_peft(
-            named.build(), dtype, nf4, attention=named.attention, target_modules=named.targets
-        )
+            named.build(), dtype, nf4, attention=named.attention, target_modules=named.targets,
+            target_parameters=named.parameters,
+        )  # fmt: skip
 
     return build
 
@@ -340,6 +344,8 @@ def test_on_a_gpu_in_16_bit(name, nf4, make, step, curve) -> None:
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["bf16", "nf4"])
-@pytest.mark.parametrize("name", ["Llama 3.1, 3.3", "Phi-4 mini", "DeepSeek-V3", "Falcon 7B"])
+@pytest.mark.parametrize(
+    "name", ["Llama 3.1, 3.3", "Phi-4 mini", "DeepSeek-V3", "gpt-oss", "Falcon 7B"]
+)
 def test_in_16_bit(name, nf4, make, step, curve) -> None:
     check_16_bit(name, nf4, make, step, curve)
