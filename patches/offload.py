@@ -80,11 +80,16 @@ class Offloader:
             torch.cuda.current_stream(self.device).wait_event(done)
         self._layer = deque([0, 0])
 
-    def take(self, tensor: Tensor) -> "HostCopy":
-        """Starts the copy of `tensor`'s whole storage to the host."""
+    def take(self, tensor: Tensor, once: bool = False) -> "HostCopy":
+        """Starts the copy of `tensor`'s whole storage to the host.
+
+        Args:
+            tensor: on the device.
+            once: it is asked for once, and is freed with what was given then.
+        """
         storage = tensor.untyped_storage()
         flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-        copy = HostCopy(self, flat)
+        copy = HostCopy(self, flat, once)
         if not self.on_gpu:
             copy.device_copy = flat
             return copy
@@ -102,8 +107,9 @@ class Offloader:
 class HostCopy:
     """One storage on the host, and on the device again when it is needed."""
 
-    def __init__(self, offloader: Offloader, flat: Tensor) -> None:
+    def __init__(self, offloader: Offloader, flat: Tensor, once: bool = False) -> None:
         self.offloader, self.device, self.nbytes = offloader, flat.device, flat.numel()
+        self.once = once and offloader.on_gpu
         self.host = offloader.pool.get(self.nbytes) if offloader.on_gpu else flat
         self.device_copy: Tensor | None = None
         self._ready: torch.cuda.Event | None = None
@@ -128,7 +134,10 @@ class HostCopy:
         if self._ready is not None:
             torch.cuda.current_stream(self.device).wait_event(self._ready)
             self._ready = None
-        return self.device_copy.untyped_storage()
+        storage = self.device_copy.untyped_storage()
+        if self.once:  # who asks again gets another copy of the host's
+            self.device_copy = None
+        return storage
 
     def __del__(self) -> None:
         if not self.offloader.on_gpu:

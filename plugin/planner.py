@@ -201,11 +201,11 @@ def auto_modes(workload: Workload, card_GB: float, budget_GB: float | None = Non
         total - CONTEXT_BYTES - allocated, total, allocated,
         None if budget_GB is None else budget_GB * GB,
     )  # fmt: skip
-    return checkpointing.plan(
+    batch = checkpointing.Batch(
         [layer_sizes(workload, layer) for layer in workload.model.layers],
-        workload.rows, BF16, free, length=workload.tokens, vocabulary=workload.model.vocabulary,
-        accumulates=workload.accumulates,
+        workload.rows, BF16, workload.tokens, workload.model.vocabulary, workload.accumulates,
     )  # fmt: skip
+    return batch.plan(free).modes
 
 
 def _auto(workload: Workload, size_GB: float, is_budget: bool) -> Auto:
