@@ -173,7 +173,9 @@ def write_logits(
         if b is None:
             torch.mm(X, W[words].t(), out=Z[:, words])
         else:
-            torch.addmm(b[words], X, W[words].t(), out=Z[:, words])
+            # As its C operand: into rows that are apart, torch would round before it adds b.
+            Z[:, words].copy_(b[words])
+            Z[:, words].addmm_(X, W[words].t())
 
 
 def write_input_gradient(

@@ -32,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafuse.kernels.linear_cross_entropy import chunk_rows
 from lorafuse.patches.host_memory import OnHost, available_bytes, embedding_table
-from lorafuse.patches.offload import Offloader
+from lorafuse.patches.offload import WINDOW, Offloader
 from lorafuse.patches.recomputation import SMALL_BYTES, Tape
 from lorafuse.patches.spilling import Rates, measured_rates, shares, spilled_layers
 
@@ -248,7 +248,7 @@ def step_bytes(
     last = len(layers) - 1
     gradients = 0 if accumulates else sum(one.gradients for one in layers)
     most = kept = before = 0
-    taken = [0, 0]  # by the layers so far
+    taken = [0] * WINDOW  # by the layers so far
     backward = []
     for i, (one, mode) in enumerate(zip(layers, modes, strict=True)):
         spills = bool(spilled) and spilled[i]
@@ -260,13 +260,15 @@ def step_bytes(
             own += one.gate_up_bytes(tokens, itemsize)
         taken.append(own)
         working = one.working(mode, tokens, itemsize, spills)
-        most = max(most, kept + sum(taken[-2:]) + working[0])
+        # The embedding's output is a local variable of the model's forward, too.
+        h = tokens * itemsize * one.hidden if i >= WINDOW and modes[0] == OFFLOAD else 0
+        most = max(most, kept + h + sum(taken[-WINDOW:]) + working[0])
         # The layer's own are fetched, and those of the layer before.
         backward.append(kept + before + own + working[1] + gradients)
         before = own
         gradients -= 0 if accumulates else one.gradients
-    leaving = sum(taken[-2:])  # on the GPU until backward fetches the first one back
-    reach = max((i for i, own in enumerate(taken[2:]) if own), default=last)
+    leaving = sum(taken[-WINDOW:])  # on the GPU until backward fetches the first one back
+    reach = max((i for i, own in enumerate(taken[WINDOW:]) if own), default=last)
     head = kept + layers[-1].head(tokens, vocabulary, itemsize)
     before_fetching = [*backward[reach + 2 :], head]
     return max(most, leaving + max(before_fetching), *backward)

@@ -3,7 +3,7 @@
 `Offloader.take` copies a tensor's storage to pinned host memory on a stream of its own, while the
 GPU goes on computing; `HostCopy.prefetch` starts the way back, one layer before it is needed. The
 GPU's memory is freed when its copy is done: the compute stream waits for that only where copies
-fall behind by more than a layer.
+fall behind by more than two layers, for what some layers send (gate/up) takes longer than a layer.
 
 Host buffers are pinned exactly as large as they need to be (torch's own pinned allocator rounds up
 to powers of two) and used again in the next step. All copies of a device run on one stream, in
@@ -20,7 +20,10 @@ from torch import Tensor
 
 from lorafuse.patches.host_memory import pinned_buffer
 
-__all__ = ["HostCopy", "Offloader"]
+__all__ = ["WINDOW", "HostCopy", "Offloader"]
+
+# Layers whose tensors may be on their way at a time, the one that runs among them.
+WINDOW = 3
 
 
 class _Pool:
@@ -61,10 +64,10 @@ class Offloader:
         self.stream: Any = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]
         self.pool = _Pool()
         self._leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
-        self._layer: deque[int] = deque([0, 0])
+        self._layer: deque[int] = deque([0] * WINDOW)
 
     def next_layer(self) -> None:
-        """A layer begins: what the one before the last has left is freed."""
+        """A layer begins: what the last but two has left is freed."""
         if not self.on_gpu:
             return
         stale = self._layer.popleft()
@@ -78,7 +81,7 @@ class Offloader:
         while self._leaving:
             done, _tensor = self._leaving.popleft()
             torch.cuda.current_stream(self.device).wait_event(done)
-        self._layer = deque([0, 0])
+        self._layer = deque([0] * WINDOW)
 
     def take(self, tensor: Tensor, once: bool = False) -> "HostCopy":
         """Starts the copy of `tensor`'s whole storage to the host.

@@ -134,7 +134,7 @@ def test_only_gate_up_leaves_where_the_rest_may_stay(make_peft, step, monkeypatc
     wide = [shape for shape in taken if shape[1] >= 2 * 128]
     assert len(wide) == 1 and all(shape[-1] for shape in taken)
     # beside it only what is narrow, and small on a GPU's scale: rstd, XA
-    assert all(shape[1] < 64 for shape in taken if shape not in wide)
+    assert all(shape[1] <= 64 for shape in taken if shape not in wide)
     assert fused.checkpointing.layers[0].spills
 
 
