@@ -382,13 +382,17 @@ class Batch:
         return best
 
     def _modes(self, free: float, floor: str) -> list[str]:
-        allowed = MODES[MODES.index(floor) :]
+        allowed, count = MODES[MODES.index(floor) :], len(self.layers)
         for fast, slow in pairwise(allowed):
-            for n in range(len(self.layers), 0, -1):
-                modes = [slow] * (len(self.layers) - n) + [fast] * n
-                if self.bytes(modes) <= free:
-                    return modes
-        return [allowed[-1]] * len(self.layers)
+            # More layers in the faster mode take more: the most that fit are searched by halves.
+            low, high = 0, count
+            while low < high:
+                n = (low + high + 1) // 2
+                fits = self.bytes([slow] * (count - n) + [fast] * n) <= free
+                low, high = (n, high) if fits else (low, n - 1)
+            if low:
+                return [slow] * (count - low) + [fast] * low
+        return [allowed[-1]] * count
 
 
 def spare_bytes(free: float, total: float, allocated: float, budget: float | None) -> float:
