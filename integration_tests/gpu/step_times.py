@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--long", type=int, nargs="*", default=[16384])
+    parser.add_argument("--auto", type=float, nargs="*", default=[12.5, 14.5, 22.5], help="GB")
     parser.add_argument("--only-modes", action="store_true", help="of fused_checkpointing")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -133,6 +134,9 @@ def main() -> None:
     timer.model.gradient_checkpointing_disable()
     for mode in MODES[1:]:
         timer.fused(partial(timer.long, mode, args.long), fused_checkpointing=mode)
+    for budget in args.auto:
+        name = f"auto, {budget:g} GB"
+        timer.fused(partial(timer.time, name), fused_checkpointing="auto", fused_memory_gb=budget)
     timer.fused(lambda: timer.pair("fused"), fused_checkpointing="off")
     if not args.only_modes:
         timer.short("stock")
