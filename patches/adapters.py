@@ -114,6 +114,10 @@ class LinearReader:
             down, up, scale = downs[name], ups[name], float(lora.scaling[name])
             if has_live_hooks(down) or has_live_hooks(up):
                 raise Unsupported("a hook on its LoRA matrices has to run")
+            if not isinstance(down, nn.Linear) or not isinstance(up, nn.Linear):
+                # FSDP gathers the matrix when its wrapper is called, which we would not do.
+                kinds = f"{type(down).__name__} and {type(up).__name__}"
+                raise Unsupported(f"its LoRA matrices lie in {kinds}, which have to be called")
             A.append(down.weight)
             B.append(up.weight)
             check_plain(A[-1], "its LoRA matrix")
