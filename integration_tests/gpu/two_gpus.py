@@ -39,6 +39,7 @@ CASES = {
     "DDP, bf16, accumulating": Case("ddp", micro_batches=2),
     "DDP, bf16, looks for unused parameters": Case("ddp that looks", fuse_first=False),
     "DDP, bf16, one rank falls back": Case("ddp", hooked_rank=1),
+    "FSDP2, NF4": Case("fsdp2", "nf4"),
     "FSDP2, bf16": Case("fsdp2"),
     "FSDP2, bf16 adapters, accumulating": Case("fsdp2, mixed", micro_batches=2),
     "FSDP2, bf16, one rank falls back": Case("fsdp2", hooked_rank=1),
