@@ -245,7 +245,7 @@ class DeferredLogits(torch.Tensor):
             self.call.on_read(reader)
             self.stock_logits = self._compute()
             if self.hooks and self.stock_logits.requires_grad:
-                self.stock_logits.register_hook(self._run_hooks)
+                self.stock_logits.register_hook(self._run_hooks)  # type: ignore[no-untyped-call]
         return self.stock_logits
 
     def _run_hooks(self, gradient: Tensor) -> Tensor:

@@ -46,11 +46,16 @@ class WeightReader:
 WeightFormat = Callable[[nn.Module], WeightReader | None]
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements")
+
+
 def check_plain(tensor: Tensor, what: str) -> None:
     """Raises Unsupported where `tensor` is not an ordinary tensor with its data here."""
     if tensor.is_meta:
         raise Unsupported(f"{what} is on the meta device")
-    if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements"):
+    if is_sharded(tensor):
         raise Unsupported(f"{what} is sharded (DTensor); fuse before the model is wrapped")
     if tensor.numel() == 0:
         raise Unsupported(f"{what} is empty here (partitioned by ZeRO-3?)")

@@ -36,6 +36,7 @@ def compare(file: Path, cases: list[str], *words: str) -> tuple[int, dict[str, A
     return done.returncode, json.loads(file.read_text("utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cases",
     [
@@ -50,6 +51,7 @@ def compare(file: Path, cases: list[str], *words: str) -> tuple[int, dict[str, A
             "FSDP2, bf16 adapters, accumulating",
             "FSDP2, bf16, one rank falls back",
             "FSDP2, fused too late",
+            "FSDP2, each LoRA matrix apart",
         ],
     ],
     ids=["DDP", "FSDP2"],

@@ -5,6 +5,7 @@ whole gradient and the adapters are those of all ranks together.
 """
 
 import argparse
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -78,6 +80,15 @@ def fsdp2(model: Any, **options: Any) -> nn.Module:
     return model
 
 
+def fsdp2_apart(model: nn.Module) -> nn.Module:
+    """As Axolotl shards: each trained matrix on its own, and then as accelerate."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            fully_shard(module.lora_A["default"])
+            fully_shard(module.lora_B["default"])
+    return fsdp2(model)
+
+
 def fsdp1(model: nn.Module) -> nn.Module:
     """As PEFT has it: each decoder layer, and in it each trained matrix on its own."""
     from peft.utils.other import fsdp_auto_wrap_policy
@@ -99,6 +110,7 @@ WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {
     "ddp that looks": lambda model: ddp(model, looks=True),
     "fsdp2": fsdp2,
     "fsdp2, mixed": fsdp2_mixed,
+    "fsdp2, apart": fsdp2_apart,
     "fsdp1": fsdp1,
 }
 
@@ -135,9 +147,9 @@ class Trainer:
         return adapted(in_fp32(base) if exact else base, self.job)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """8-bit AdamW where it runs: not on a CPU, and not on FSDP's shards."""
+        """8-bit AdamW where the case's runs can have it: not on a CPU, nor on FSDP's shards."""
         trained = [p for p in model.parameters() if p.requires_grad]
-        if self.device.type == "cuda" and isinstance(model, DistributedDataParallel):
+        if self.device.type == "cuda" and self.case.wrapper.startswith("ddp"):
             import bitsandbytes as bnb
 
             eight_bit: torch.optim.Optimizer = bnb.optim.AdamW8bit(trained, lr=1e-3)
@@ -155,11 +167,12 @@ class Trainer:
 
     def run(self, mode: str | None = None, exact: bool = False) -> Run:
         """Stock without a mode; `exact`: in fp32, under DDP."""
-        torch.manual_seed(0)
-        model, found, report = self.build(exact), Run(), None
+        gc.collect()  # the run before: its peak is not ours
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        torch.manual_seed(0)
+        model, found, report = self.build(exact), Run(), None
         if mode is not None and self.case.fuse_first:
             report = fuse(model, self.flags(mode))
         wrapped = ddp(model) if exact else WRAPPERS[self.case.wrapper](model)

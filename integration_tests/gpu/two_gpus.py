@@ -33,6 +33,7 @@ IN_LAYERS = ("lora_mlp", "lora_qkv", "lora_o", "rope")
 WHOLE = (*IN_LAYERS, "rms_norm", "cross_entropy", "checkpointing")
 # Of a relative difference. A loss of stock may lie at its fp32 value by chance.
 LEAST = {"loss": 2e-4, "gradient norm": 1e-3, "first gradient": 1e-3, "adapters": 1e-3}
+APART = "FSDP takes each of them on its own"
 SHARDED = "its weights are sharded by now"
 CASES = {
     "DDP, NF4": Case("ddp", "nf4", fuse_first=False),
@@ -44,7 +45,8 @@ CASES = {
     "FSDP2, bf16 adapters, accumulating": Case("fsdp2, mixed", micro_batches=2),
     "FSDP2, bf16, one rank falls back": Case("fsdp2", hooked_rank=1),
     "FSDP2, fused too late": Case("fsdp2", fuse_first=False, stock=SHARDED),
-    "FSDP1": Case("fsdp1", stock="have to be called", only_on="cuda"),
+    "FSDP2, each LoRA matrix apart": Case("fsdp2, apart", stock=APART),
+    "FSDP1": Case("fsdp1", stock=APART, only_on="cuda"),
     "FSDP1, fused too late": Case("fsdp1", fuse_first=False, stock=SHARDED, only_on="cuda"),
 }
 
