@@ -316,6 +316,10 @@ def grouped_linear(
         by_token = False
     if out is None:
         out = x.new_empty((rows.rows, N))
+    if v is not None and (w.stride(2) == 1) != (v.stride(2) == 1):
+        # Triton 3.6 on an H100: where one of them lies by rows and the other by columns, the sum is
+        # wrong for small sizes.
+        v = v.contiguous() if w.stride(2) == 1 else v.transpose(1, 2).contiguous().transpose(1, 2)
     _launch(x, w, rows, u, v, by_token, out, False)
     return out
 
@@ -339,10 +343,10 @@ def _launch(
     BLOCK_M, BLOCK_N, BLOCK_K, warps, stages = _config(out, N)
     BLOCK_N = min(BLOCK_N, max(16, next_power_of_2(N)))
     BLOCK_R = min(BLOCK_K, max(16, next_power_of_2(R)))
-    if BLOCK_R == 32 and BLOCK_K == 64 and warps == 4:
-        # Triton 3.6 on an H100: 128 rows in 4 warps, a product of 64 columns and one of 32: the
-        # second reads past its tile in shared memory.
-        BLOCK_R = 64
+    if K and out.element_size() == 2 and not interpreting():
+        # Triton 3.6 on an H100: where the two products' tiles differ in depth, the second may read
+        # past its own in shared memory (ranks 17 to 32).
+        BLOCK_R = BLOCK_K
     row_tiles, columns = rows.rows // BLOCK_M + E, cdiv(N, BLOCK_N)
     with launch_device(out):
         _grouped_linear_kernel[(row_tiles * columns,)](

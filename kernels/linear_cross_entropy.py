@@ -169,11 +169,13 @@ def write_logits(
     Z: Tensor,  # (M, V)
 ) -> None:
     """Z = X W^T + b."""
-    for words in word_parts(W.shape[0]):
-        if b is None:
+    if b is None:
+        for words in word_parts(W.shape[0]):
             torch.mm(X, W[words].t(), out=Z[:, words])
-        else:
-            torch.addmm(b[words], X, W[words].t(), out=Z[:, words])
+    elif Z.is_contiguous():
+        torch.addmm(b, X, W.t(), out=Z)
+    else:  # into rows that are apart, torch would round before it adds b
+        Z.copy_(torch.nn.functional.linear(X, W, b))
 
 
 def write_input_gradient(

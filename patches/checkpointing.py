@@ -8,6 +8,10 @@
                is no head as well lies there too, and is read from there
     auto       for each layer the fastest of these that the GPU's free memory has room for
 
+Under `offload` and `auto`, some of the layers that would compute gate/up again have it wait on the
+host instead, as many as the link carries beside the GPU's work and the memory has room for
+(`patches.spilling`); under `offload`, where half of the GPU stays free.
+
 The modes change where numbers come from, not the numbers: what is computed again has the same bits,
 but that the MLP goes through many tokens in tiles, whose GEMMs may round otherwise.
 
@@ -28,8 +32,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafuse.kernels.linear_cross_entropy import chunk_rows
 from lorafuse.patches.host_memory import OnHost, available_bytes, embedding_table
-from lorafuse.patches.offload import Offloader
+from lorafuse.patches.offload import WINDOW, Offloader
 from lorafuse.patches.recomputation import SMALL_BYTES, Tape
+from lorafuse.patches.spilling import Rates, measured_rates, shares, spilled_layers
 
 __all__ = [
     "AUTO",
@@ -38,11 +43,13 @@ __all__ = [
     "OFFLOAD",
     "OPERATION",
     "SELECTIVE",
+    "Batch",
     "Checkpointing",
     "CheckpointingRecord",
+    "Decision",
     "LayerCheckpointing",
     "LayerSizes",
-    "plan",
+    "Spill",
     "spare_bytes",
     "step_bytes",
 ]
@@ -58,6 +65,8 @@ _LOGIT_BYTES = 2**29  # the loss's chunk of logits
 _SCALED_ROWS = 8192  # of the loss's gradient, in fp32 at a time
 _VOCABULARY = 2**18  # where the head's is not known
 _FP32 = 4
+# Of the GPU, what stays free where `offload` takes memory to be faster.
+_ROOM = 0.5
 _UNPINNED = "the host has too little memory that can be pinned (ulimit -l, or a container's limit)"
 
 
@@ -131,9 +140,28 @@ class LayerSizes:
         """Bytes that `offload` takes to the host."""
         return sum(one for one in self._large(tokens, length, itemsize) if one >= SMALL_BYTES)
 
+    def gate_up_bytes(self, tokens: int, itemsize: int) -> int:
+        """Of gate/up, with room for the gradient of what is folded in."""
+        return tokens * itemsize * (self.gate_up + self.folds[2])
+
+    def forward_flops(self, tokens: int, length: int) -> float:
+        """Of the layer's products and its attention."""
+        H, seen = self.hidden, min(length, self.window or length)
+        products = H * self.qkv + self.attention * H + H * self.gate_up + H * self.gate_up // 2
+        return 2.0 * tokens * (products + (length - seen / 2) * seen / length * 2 * self.attention)
+
     @cache  # noqa: B019
-    def working(self, mode: str, tokens: int, itemsize: int) -> tuple[int, int]:
-        """Bytes that one layer's (forward, backward) needs beside what is kept and fetched."""
+    def working(
+        self, mode: str, tokens: int, itemsize: int, spilled: bool = False
+    ) -> tuple[int, int]:
+        """Bytes that one layer's (forward, backward) needs beside what is kept and fetched.
+
+        Args:
+            mode: one of `MODES`.
+            tokens: T.
+            itemsize: bytes of an element.
+            spilled: gate/up goes to the host.
+        """
         T, H, N, A = tokens, self.hidden, self.qkv, self.attention
         tiles = -(-T // TILE_ROWS.get(mode, T))
         rows = -(-T // tiles)
@@ -144,9 +172,10 @@ class LayerSizes:
         again = mode != OFF
         apart = self.norms_behind or self.scaled  # the residual is added behind the block
         behind = H * apart
-        gate_up = rows * (self.gate_up + f_gate_up) if again else 0
+        makes = again and not spilled
+        gate_up = rows * (self.gate_up + f_gate_up) if makes else 0
         # What is written once for several products: W of gate/up, of down too with several tiles.
-        keeps = rows >= H and (again or tiles > 1)
+        keeps = rows >= H and (makes or tiles > 1)
         first = (self.gate_up + f_gate_up) * (H + f_gate_up) if keeps else 0
         second = (H + f_down) * (inner + f_down) if keeps and tiles > 1 else 0
         in_tile = first + second + max(
@@ -201,6 +230,7 @@ def step_bytes(
     length: int | None = None,
     vocabulary: int = _VOCABULARY,
     accumulates: bool = False,
+    spilled: Sequence[bool] = (),
 ) -> int:
     """What a step allocates from the first layer on.
 
@@ -212,68 +242,157 @@ def step_bytes(
         length: tokens of a row; None: T.
         vocabulary: V.
         accumulates: the adapters' gradients are there already.
+        spilled: whether gate/up of a layer goes to the host, one a layer; empty: of none.
     """
     length = tokens if length is None else length
     last = len(layers) - 1
     gradients = 0 if accumulates else sum(one.gradients for one in layers)
     most = kept = before = 0
-    taken = [0, 0]  # by the layers so far
+    taken = [0] * WINDOW  # by the layers so far
     backward = []
     for i, (one, mode) in enumerate(zip(layers, modes, strict=True)):
+        spills = bool(spilled) and spilled[i]
         kept += one.kept(mode, tokens, length, itemsize)
         own = one.taken(tokens, length, itemsize) if mode == OFFLOAD else 0
         if i == last:  # whose tensors stay, whatever its mode
-            kept += own
-        elif mode == OFFLOAD:
-            taken.append(own)
-        working = one.working(mode, tokens, itemsize)
-        most = max(most, kept + sum(taken[-2:]) + working[0])
+            kept, own = kept + own, 0
+        elif spills:
+            own += one.gate_up_bytes(tokens, itemsize)
+        taken.append(own)
+        working = one.working(mode, tokens, itemsize, spills)
+        # The embedding's output is a local variable of the model's forward, too.
+        h = tokens * itemsize * one.hidden if i >= WINDOW and modes[0] == OFFLOAD else 0
+        most = max(most, kept + h + sum(taken[-WINDOW:]) + working[0])
         # The layer's own are fetched, and those of the layer before.
-        own = own if i < last else 0
         backward.append(kept + before + own + working[1] + gradients)
         before = own
         gradients -= 0 if accumulates else one.gradients
-    leaving = sum(taken[-2:])  # on the GPU until backward fetches the first one back
-    reach = max((i for i, mode in enumerate(modes[:-1]) if mode == OFFLOAD), default=last)
+    leaving = sum(taken[-WINDOW:])  # on the GPU until backward fetches the first one back
+    reach = max((i for i, own in enumerate(taken[WINDOW:]) if own), default=last)
     head = kept + layers[-1].head(tokens, vocabulary, itemsize)
     before_fetching = [*backward[reach + 2 :], head]
     return max(most, leaving + max(before_fetching), *backward)
 
 
-def plan(
-    layers: Sequence[LayerSizes],
-    tokens: int,
-    itemsize: int,
-    free: float,
-    floor: str = OFF,
-    length: int | None = None,
-    vocabulary: int = _VOCABULARY,
-    accumulates: bool = False,
-) -> list[str]:
-    """The fastest mode of each layer that fits into `free` bytes.
+class Spill(NamedTuple):
+    """How gate/up may wait on the host.
 
-    Args:
+    Attributes:
+        rates: of the GPU and the link.
+        host_bytes: that the host has for it, and for what `offload` takes.
+    """
+
+    rates: Rates
+    host_bytes: float
+
+
+class Decision(NamedTuple):
+    """One entry a layer, in the order of the forward pass.
+
+    Attributes:
+        modes: of `MODES`.
+        spilled: gate/up waits on the host.
+    """
+
+    modes: list[str]
+    spilled: list[bool]
+
+    @property
+    def kept_gate_up(self) -> int:
+        """In how many layers it is not computed again."""
+        return self.modes.count(OFF) + sum(self.spilled)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step that is planned for.
+
+    Attributes:
         layers: in the order of the forward pass.
         tokens: T.
         itemsize: bytes of an element.
-        free: bytes for all that the step allocates, from the first layer on.
-        floor: no layer gets a faster mode.
         length: tokens of a row; None: T.
         vocabulary: V.
         accumulates: the adapters' gradients are there already.
-
-    Returns:
-        One mode a layer; layers of one mode lie together, the fastest last: their memory is the
-        first that backward frees. All `offload` where nothing fits.
     """
-    allowed = MODES[MODES.index(floor) :]
-    for fast, slow in pairwise(allowed):
-        for n in range(len(layers), 0, -1):
-            modes = [slow] * (len(layers) - n) + [fast] * n
-            needed = step_bytes(layers, modes, tokens, itemsize, length, vocabulary, accumulates)
-            if needed <= free:
-                return modes
-    return [allowed[-1]] * len(layers)
+
+    layers: Sequence[LayerSizes]
+    tokens: int
+    itemsize: int
+    length: int | None = None
+    vocabulary: int = _VOCABULARY
+    accumulates: bool = False
+
+    def bytes(self, modes: Sequence[str], spilled: Sequence[bool] = ()) -> int:
+        """See `step_bytes`."""
+        return step_bytes(
+            self.layers, modes, self.tokens, self.itemsize, self.length, self.vocabulary,
+            self.accumulates, spilled,
+        )  # fmt: skip
+
+    def spilled(self, modes: Sequence[str], free: float, spill: Spill) -> list[bool]:
+        """Which layers' gate/up go to the host: as many as there is time and memory for."""
+        length = self.length or self.tokens
+        last = len(self.layers) - 1
+        taken = [
+            one.taken(self.tokens, length, self.itemsize) if mode == OFFLOAD and i < last else 0
+            for i, (one, mode) in enumerate(zip(self.layers, modes, strict=True))
+        ]
+        # The last layer that computes again is the first to be asked for: its own would be late.
+        first = max((i for i, mode in enumerate(modes) if mode != OFF), default=0)
+        parts = [
+            part if i < first else 0.0
+            for i, part in enumerate(
+                shares(self.layers, taken, self.tokens, length, self.itemsize, spill.rates)
+            )
+        ]
+        sizes = [one.gate_up_bytes(self.tokens, self.itemsize) for one in self.layers]
+
+        def fits(chosen: list[bool]) -> bool:
+            host = sum(taken) + sum(n for n, yes in zip(sizes, chosen, strict=True) if yes)
+            return host <= spill.host_bytes and self.bytes(modes, chosen) <= free
+
+        return spilled_layers(parts, fits)
+
+    def plan(self, free: float, floor: str = OFF, spill: Spill | None = None) -> Decision:
+        """The fastest mode of each layer that fits into `free` bytes.
+
+        Args:
+            free: bytes for all that the step allocates, from the first layer on.
+            floor: no layer gets a faster mode.
+            spill: how gate/up may wait on the host; None: it may not.
+
+        Returns:
+            Layers of one mode lie together, the fastest last: their memory is the first that
+            backward frees. All `offload` where nothing fits.
+        """
+        count = len(self.layers)
+        plain = Decision(self._modes(free, floor), [False] * count)
+        if spill is None or plain.modes == [OFF] * count:
+            return plain
+        # With a layer's gate/up or two left free, others' can pass through.
+        best = plain
+        size = max(one.gate_up_bytes(self.tokens, self.itemsize) for one in self.layers)
+        for room in (0, 1, 2, 3):
+            modes = self._modes(free - room * size, floor)
+            spilled = self.spilled(modes, free, spill)
+            found = Decision(modes, spilled)
+            if self.bytes(modes) <= free and found.kept_gate_up > best.kept_gate_up:
+                best = found
+        return best
+
+    def _modes(self, free: float, floor: str) -> list[str]:
+        allowed, count = MODES[MODES.index(floor) :], len(self.layers)
+        for fast, slow in pairwise(allowed):
+            # More layers in the faster mode take more: the most that fit are searched by halves.
+            low, high = 0, count
+            while low < high:
+                n = (low + high + 1) // 2
+                fits = self.bytes([slow] * (count - n) + [fast] * n) <= free
+                low, high = (n, high) if fits else (low, n - 1)
+            if low:
+                return [slow] * (count - low) + [fast] * low
+        return [allowed[-1]] * count
 
 
 def spare_bytes(free: float, total: float, allocated: float, budget: float | None) -> float:
@@ -306,6 +425,7 @@ class Checkpointing:
 
     Attributes:
         modes: of each layer, as last planned.
+        spilled: of each layer, whether its gate/up waits on the host.
         floor: `auto` plans no faster mode, after a step that ran out of memory.
         vocabulary: V of the head, which decides how large the loss's logits are.
     """
@@ -314,6 +434,7 @@ class Checkpointing:
         self.mode, self.budget_bytes = mode, budget_bytes
         self.layers: list[LayerCheckpointing] = []
         self.modes: list[str] = []
+        self.spilled: list[bool] = []
         self.floor = OFF
         self.vocabulary = _VOCABULARY
         self.last_tape: Tape | None = None
@@ -386,30 +507,43 @@ class Checkpointing:
         """A forward pass begins: decides the mode of each layer."""
         self.last_tape = None
         self.attention_again = 0
-        if self.mode != AUTO:
-            self.modes = [self.mode] * len(self.layers)
-            if self.mode == OFFLOAD and h.is_cuda:
-                self.fit_host(h)
-        elif not h.is_cuda:
-            # The memory is the machine's, and not ours to plan: as the trainer has it.
-            on = any(layer.trainers for layer in self.layers)
-            mode = SELECTIVE if on and self.floor == OFF else self.floor
-            self.modes = [mode] * len(self.layers)
-        else:
-            batch, length, _ = h.shape
-            sizes = [layer.sizes for layer in self.layers]
-            free = self.free_bytes(h.device)
-            accumulates = any(p.grad is not None for p in self.parameters())
-            self.modes = plan(
-                sizes, batch * length, h.dtype.itemsize, free, self.floor, length, self.vocabulary,
-                accumulates,
-            )  # fmt: skip
+        count = len(self.layers)
+        self.spilled = [False] * count
+        if self.mode not in (AUTO, OFFLOAD) or not h.is_cuda:
+            mode = self.mode
+            if mode == AUTO:
+                # The memory is the machine's, and not ours to plan: as the trainer has it.
+                on = any(layer.trainers for layer in self.layers)
+                mode = SELECTIVE if on and self.floor == OFF else self.floor
+            self.modes = [mode] * count
+            return
+        free, batch = self.free_bytes(h.device), self.batch(h)
+        spill = Spill(measured_rates(h.get_device()), self.host_bytes(h.device) * (1 - _MARGIN))
+        if self.mode == AUTO:
+            self.modes, self.spilled = batch.plan(free, self.floor, spill)
+            return
+        self.modes = [OFFLOAD] * count
+        self.fit_host(h)
+        if not self.attention_again:
+            free -= _ROOM * torch.cuda.get_device_properties(h.device).total_memory
+            self.spilled = batch.spilled(self.modes, free, spill)
+
+    def batch(self, h: Tensor) -> Batch:
+        """The step that `h` [B, S, H], the first layer's input, is the beginning of."""
+        rows, length, _ = h.shape
+        sizes = [layer.sizes for layer in self.layers]
+        accumulates = any(p.grad is not None for p in self.parameters())
+        return Batch(sizes, rows * length, h.dtype.itemsize, length, self.vocabulary, accumulates)
+
+    def host_bytes(self, device: torch.device) -> float:
+        """Memory of the host that tensors may take, what they have of it by now included."""
+        return available_bytes() + self.offloader(device).pool.free_bytes
 
     def fit_host(self, h: Tensor) -> None:
         """Where the host has no room for all that `offload` keeps, some o is computed again."""
         batch, length, _ = h.shape
         tokens, itemsize = batch * length, h.dtype.itemsize
-        free = available_bytes() + self.offloader(h.device).pool.free_bytes
+        free = self.host_bytes(h.device)
         taken = sum(one.sizes.taken(tokens, length, itemsize) for one in self.layers[:-1])
         for layer in self.layers[:-1]:
             if taken <= free * (1 - _MARGIN):
@@ -481,7 +615,14 @@ class LayerCheckpointing:
         """As last planned."""
         modes = self.owner.modes
         mode = modes[self.index] if modes else self.owner.mode
+        if self.spills:
+            return f"{mode}, gate/up on the host"
         return f"{mode}, attention computed again" if self.attention_again else mode
+
+    @property
+    def spills(self) -> bool:
+        """Whether its gate/up waits on the host, as last planned."""
+        return bool(self.owner.spilled) and self.owner.spilled[self.index]
 
     @property
     def attention_again(self) -> bool:
@@ -504,15 +645,19 @@ class LayerCheckpointing:
             owner.begin(h)
         mode = owner.modes[self.index]
         self.calls[mode] += 1
+        copies = OFFLOAD in owner.modes or any(owner.spilled)
+        offloader = owner.offloader(h.device) if copies else None
+        if offloader is not None:
+            offloader.next_layer()
         if mode == OFF:
             owner.last_tape = None
             return None
-        offloader = None
         # What the last layer keeps is the first thing that backward asks for.
-        if mode == OFFLOAD and self.index + 1 < len(owner.layers):
-            offloader = owner.offloader(h.device)
-            offloader.next_layer()
-        tape = Tape(offloader, shared, owner.last_tape, self.attention_again)
+        takes = mode == OFFLOAD and self.index + 1 < len(owner.layers)
+        tape = Tape(
+            offloader if takes else None, shared, owner.last_tape, self.attention_again,
+            offloader if self.spills else None,
+        )  # fmt: skip
         owner.last_tape = tape
         return Keeping(tape, TILE_ROWS[mode])
 

@@ -9,11 +9,13 @@ With norms behind the blocks (Gemma 2 and 3), the residual is added after them; 
 scaled (Granite), with the scale in the same kernel.
 
 What is kept of it for backward is `checkpointing`'s to say: with a tape, q, k, v and h2 are stages
-that run again, and gate/up are computed again within their Function. Where all is kept,
-`layer_graphs` may replay what it has recorded of the parts before and behind attention.
+that run again, and gate/up are computed again within their Function, or come back from the host.
+Where all is kept, `layer_graphs` may replay what it has recorded of the parts before and behind
+attention.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -238,10 +240,11 @@ class FusedDecoderLayer(FusedForward):
         )  # fmt: skip
         add = partial(self.add_attention, output=prepared.output)
         h2: Tensor = run_stage(tape, add, [prepared.output], attended, h)
-        keep = tape is None
-        if post_2 is None and self.layer.residual_scale == 1.0:
-            return self.mlp(h2, mlp, norm_2, True, keep, tile_rows)
-        return self.add(post_2, self.mlp(h2, mlp, norm_2, False, keep, tile_rows), h2)
+        keep = tape is None or tape.spills is not None
+        plain = post_2 is None and self.layer.residual_scale == 1.0
+        with nullcontext() if tape is None else tape.spilling():
+            block = self.mlp(h2, mlp, norm_2, plain, keep, tile_rows)
+        return block if plain else self.add(post_2, block, h2)
 
     def add(self, post: RmsNorm | None, block: Tensor, h: Tensor) -> Tensor:
         """h + [norm](block), or h + s block with one rounding."""

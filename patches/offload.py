@@ -3,7 +3,7 @@
 `Offloader.take` copies a tensor's storage to pinned host memory on a stream of its own, while the
 GPU goes on computing; `HostCopy.prefetch` starts the way back, one layer before it is needed. The
 GPU's memory is freed when its copy is done: the compute stream waits for that only where copies
-fall behind by more than a layer.
+fall behind by more than two layers, for what some layers send (gate/up) takes longer than a layer.
 
 Host buffers are pinned exactly as large as they need to be (torch's own pinned allocator rounds up
 to powers of two) and used again in the next step. All copies of a device run on one stream, in
@@ -20,7 +20,10 @@ from torch import Tensor
 
 from lorafuse.patches.host_memory import pinned_buffer
 
-__all__ = ["HostCopy", "Offloader"]
+__all__ = ["WINDOW", "HostCopy", "Offloader"]
+
+# Layers whose tensors may be on their way at a time, the one that runs among them.
+WINDOW = 3
 
 
 class _Pool:
@@ -61,10 +64,10 @@ class Offloader:
         self.stream: Any = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]
         self.pool = _Pool()
         self._leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
-        self._layer: deque[int] = deque([0, 0])
+        self._layer: deque[int] = deque([0] * WINDOW)
 
     def next_layer(self) -> None:
-        """A layer begins: what the one before the last has left is freed."""
+        """A layer begins: what the last but two has left is freed."""
         if not self.on_gpu:
             return
         stale = self._layer.popleft()
@@ -78,13 +81,18 @@ class Offloader:
         while self._leaving:
             done, _tensor = self._leaving.popleft()
             torch.cuda.current_stream(self.device).wait_event(done)
-        self._layer = deque([0, 0])
+        self._layer = deque([0] * WINDOW)
 
-    def take(self, tensor: Tensor) -> "HostCopy":
-        """Starts the copy of `tensor`'s whole storage to the host."""
+    def take(self, tensor: Tensor, once: bool = False) -> "HostCopy":
+        """Starts the copy of `tensor`'s whole storage to the host.
+
+        Args:
+            tensor: on the device.
+            once: it is asked for once, and is freed with what was given then.
+        """
         storage = tensor.untyped_storage()
         flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-        copy = HostCopy(self, flat)
+        copy = HostCopy(self, flat, once)
         if not self.on_gpu:
             copy.device_copy = flat
             return copy
@@ -102,8 +110,9 @@ class Offloader:
 class HostCopy:
     """One storage on the host, and on the device again when it is needed."""
 
-    def __init__(self, offloader: Offloader, flat: Tensor) -> None:
+    def __init__(self, offloader: Offloader, flat: Tensor, once: bool = False) -> None:
         self.offloader, self.device, self.nbytes = offloader, flat.device, flat.numel()
+        self.once = once and offloader.on_gpu
         self.host = offloader.pool.get(self.nbytes) if offloader.on_gpu else flat
         self.device_copy: Tensor | None = None
         self._ready: torch.cuda.Event | None = None
@@ -128,7 +137,10 @@ class HostCopy:
         if self._ready is not None:
             torch.cuda.current_stream(self.device).wait_event(self._ready)
             self._ready = None
-        return self.device_copy.untyped_storage()
+        storage = self.device_copy.untyped_storage()
+        if self.once:  # who asks again gets another copy of the host's
+            self.device_copy = None
+        return storage
 
     def __del__(self) -> None:
         if not self.offloader.on_gpu:

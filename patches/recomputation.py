@@ -5,6 +5,7 @@ Everything that autograd saves while a layer runs goes through the layer's `Tape
     tensors of a stage      are dropped; the stage runs again when the first of them is asked for
     parameters              stay where they are
     the rest                is kept: on the GPU, or what is large on the host (`patches.offload`)
+    gate/up                 are not saved, or go to the host where the rest may stay (`spilling`)
 
 A stage is a piece of the layer's forward that is run again as it ran, without autograd, on the same
 inputs: the same kernels on the same numbers give the same bits. Its tensors are told by the memory
@@ -16,8 +17,8 @@ This works under any attention function, and inside torch's own checkpointing: i
 """
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -154,6 +155,7 @@ class Tape:
         shared: tensors that other layers read too, and that stay where they are.
         before: the tape of the layer before, whose tensors are fetched when ours are asked for.
         attention_again: attention is part of the stage of q, k and v, and its output is not kept.
+        spills: takes gate/up to the host; None: they are computed again.
     """
 
     def __init__(
@@ -162,8 +164,10 @@ class Tape:
         shared: Sequence[Tensor] = (),
         before: "Tape | None" = None,
         attention_again: bool = False,
+        spills: Offloader | None = None,
     ) -> None:
-        self.offloader = offloader
+        self.offloader, self.spills = offloader, spills
+        self._spilling = False
         self.attention_again = attention_again
         self.before = None if before is None else weakref.ref(before)
         self.copies: dict[int, HostCopy] = {}
@@ -231,6 +235,15 @@ class Tape:
         packed = self._pack(tensor)
         return lambda: _unpack(packed)
 
+    @contextmanager
+    def spilling(self) -> Iterator[None]:
+        """Within, what is large and kept goes to the host, to be asked for once."""
+        self._spilling = self.spills is not None
+        try:
+            yield
+        finally:
+            self._spilling = False
+
     def comes(self) -> None:
         """Backward has reached this layer: the one before is next."""
         if self._has_come:
@@ -260,20 +273,25 @@ class Tape:
 
     def _leaves(self, tensor: Tensor) -> bool:
         """Whether a kept tensor goes to the host."""
-        storage = tensor.untyped_storage()
+        storage, taker = tensor.untyped_storage(), self._taker
         return (
-            self.offloader is not None
+            taker is not None
             and storage.nbytes() >= SMALL_BYTES
             and storage.data_ptr() not in self._shared
-            and tensor.device == self.offloader.device  # not the seeds of FlashAttention
+            and tensor.device == taker.device  # not the seeds of FlashAttention
         )
+
+    @property
+    def _taker(self) -> Offloader | None:
+        """Who takes a large tensor to the host now."""
+        return self.spills if self._spilling else self.offloader
 
     def _on_host(self, tensor: Tensor) -> _OnHost:
         address = tensor.untyped_storage().data_ptr()
         if address not in self.copies:
-            assert self.offloader is not None
+            assert self._taker is not None
             self._held.append(tensor)
-            self.copies[address] = self.offloader.take(tensor)
+            self.copies[address] = self._taker.take(tensor, once=self._spilling)
         return _OnHost(self, self.copies[address], tensor)
 
 

@@ -16,9 +16,10 @@ What stays from forward to backward, a layer, in bytes a token (`off`):
 `selective` keeps of these h, o, the log-sum-exp and the r-wide ones. Backward computes h2 again,
 then the MLP in tiles of `TILE_ROWS` tokens, gate/up of one tile at a time; q/k/v when attention
 asks for them. `offload` keeps the same, what is `SMALL_BYTES` or more on the host: a layer's is
-freed when the next but one begins, and fetched when backward reaches the layer behind it. Those
-that no further layer frees, of the last two layers offloaded, stay until backward fetches the first
-one. The table of embeddings lies on the host as well, unless it is the head's.
+freed when the next but two begins, and fetched when backward reaches the layer behind it. Those
+that no further layer frees stay until backward fetches the first one. The table of embeddings lies
+on the host as well, unless it is the head's. gate/up of a layer that is spilled goes the same way,
+and is freed when the MLP's backward is done.
 
 dh of a layer lies in a buffer with room for G of the down projection that reads it, dh2 for o's
 (`kernels.gradient_room`). Norms on heads (Qwen3) keep q and k before and after; norms behind the
@@ -32,6 +33,7 @@ from dataclasses import dataclass, field
 from lorafuse.kernels.linear_cross_entropy import chunk_rows
 from lorafuse.patches import checkpointing, host_memory, recomputation
 from lorafuse.patches.checkpointing import MODES, OFF, OFFLOAD, SELECTIVE
+from lorafuse.patches.offload import WINDOW
 from lorafuse.plugin.plan_groups import BF16, FP32, GroupShape, LayerGroups, Workload
 from lorafuse.plugin.plan_model import LayerShape
 
@@ -178,12 +180,15 @@ class Step:
     Args:
         workload: What is trained.
         modes: One of `MODES` for all layers, or one for each.
+        spilled: Whether gate/up of a layer waits on the host, one for each; empty: of none.
 
     Raises:
         ValueError: There is no such mode, or not one for each layer.
     """
 
-    def __init__(self, workload: Workload, modes: str | Sequence[str]) -> None:
+    def __init__(
+        self, workload: Workload, modes: str | Sequence[str], spilled: Sequence[bool] = ()
+    ) -> None:
         count = len(workload.model.layers)
         self.mode = modes if isinstance(modes, str) else None
         self.modes = [modes] * count if isinstance(modes, str) else list(modes)
@@ -192,6 +197,7 @@ class Step:
                 raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if len(self.modes) != count:
             raise ValueError(f"expected a mode for each of {count} layers, got {len(self.modes)}")
+        self.spilled = list(spilled) or [False] * count
         self.workload = workload
         self.T = workload.rows
         self.ledger = Ledger()
@@ -199,7 +205,7 @@ class Step:
         self.kept: dict[str, int] = {}
         self.layers = [(layer, workload.groups(layer)) for layer in workload.model.layers]
         self.on_host: dict[int, dict[str, int]] = {}  # of each layer that `offload` has taken from
-        self.leaving: list[list[str]] = [[], []]  # by layer: on their way to the host
+        self.leaving: list[list[str]] = [[] for _ in range(WINDOW)]  # to the host, by layer
         self.keeps: set[str] = set()  # groups whose W is written once for several products
 
     def run(self) -> Memory:
@@ -259,6 +265,10 @@ class Step:
         """Whether a layer takes tensors to the host: not the last, whose backward is next."""
         return self.modes[i] == OFFLOAD and i + 1 < len(self.modes)
 
+    def makes_again(self, i: int) -> bool:
+        """Whether backward computes gate/up again."""
+        return self.modes[i] != OFF and not self.spilled[i]
+
     def tile(self, i: int) -> tuple[int, int]:
         """(tiles, rows of the largest) that the MLP goes through the tokens in."""
         most = checkpointing.TILE_ROWS.get(self.modes[i], self.T)
@@ -270,7 +280,7 @@ class Step:
 
         Also what is computed again later stays until the layer ends: its `Tape` holds it.
         """
-        if self.offloads(i):
+        if OFFLOAD in self.modes or any(self.spilled):
             # The embedding's output is a local variable of the model's forward, too.
             self.ledger.drop(*(name for name in self.leaving.pop(0) if name != "h 0 leaving"))
             self.leaving.append([])
@@ -329,10 +339,12 @@ class Step:
         for name, width in (("gA", first.fold_forward), ("mA", second.fold_forward)):
             self.hold(name, i, BF16 * T * width)
         self.hold("mlp rstd", i, FP32 * T)
+        if self.spilled[i] and count > 1:  # of the tiles before
+            ledger.hold(f"gu {i}", BF16 * (T - rows) * (first.N + first.gradient_room(rows)))
         self.gate_up(i, first, rows)
         folds = second.folds_forward(rows, copies_input=False)
         ledger.hold("m", BF16 * rows * (second.K + (second.fold_forward if folds else 0)))
-        if self.modes[i] != OFF:
+        if self.makes_again(i):
             ledger.drop(f"gu {i}")
         self.weight("second", second, second.forward_weight_bytes(folds))
         ledger.drop("m", "W first", "W second")
@@ -395,14 +407,16 @@ class Step:
         """Lets go of what the mode does not keep of a layer, or sends it to the host."""
         ledger = self.ledger
         lasting = _LASTING[self.modes[i]]
-        ledger.drop(*(f"{name} {i}" for name in _OF_LAYER if name not in lasting))
-        if not self.offloads(i):
+        goes = (*(_KEPT if self.offloads(i) else ()), *(("gu",) if self.spilled[i] else ()))
+        kept = {*lasting, *goes}
+        ledger.drop(*(f"{name} {i}" for name in _OF_LAYER if name not in kept))
+        if not goes:
             return
         tiles, _ = self.tile(i)
         taken = self.on_host[i] = {}
-        for name in _KEPT:
+        for name in goes:
             _, size = ledger.live.get(f"{name} {i}", (KEPT, 0))
-            if size // (tiles if name in _OF_MLP else 1) >= recomputation.SMALL_BYTES:
+            if size // (tiles if name in (*_OF_MLP, "gu") else 1) >= recomputation.SMALL_BYTES:
                 taken[name] = size
                 ledger.drop(f"{name} {i}")
                 ledger.hold(f"{name} {i} leaving", size, KEPT)
@@ -482,6 +496,7 @@ class Step:
 
     def mlp_backward(self, i: int, layer: LayerShape, groups: LayerGroups) -> None:
         T, ledger, H, again = self.T, self.ledger, layer.hidden, self.modes[i] != OFF
+        makes = self.makes_again(i)
         first, second = groups.gate_up, groups.down
         count, rows = self.tile(i)
         # Where dY has come without room for G, it may be copied to where it has.
@@ -490,11 +505,11 @@ class Step:
         room_for_o = 0 if layer.adds_apart else groups.o.gradient_room(T)
         self.keeps = set()
         if rows >= first.K:
-            self.keeps = ({"first"} if again else set()) | (
+            self.keeps = ({"first"} if makes else set()) | (
                 {"first", "second"} if count > 1 else set()
             )
         for tile in range(min(count, 3)):  # those behind are as the third
-            if again:
+            if makes:
                 ledger.hold("again", (FP32 + BF16 * first.fold_forward) * rows)
                 self.gate_up(i, first, rows)
                 ledger.drop("again")
@@ -512,7 +527,7 @@ class Step:
             ledger.hold("dx", BF16 * rows * H)
             self.weight("first", first, first.backward_weight_bytes(folds))
             ledger.drop("G")
-            if again:
+            if makes:
                 ledger.drop(f"gu {i}")
             if tile == 0:
                 ledger.hold("dh2", BF16 * T * (H + room_for_o))

@@ -42,9 +42,12 @@ def modes_table(plan: Plan) -> Table:
     found.add_column("fused_checkpointing", no_wrap=True)
     for column in ("peak\nGB", *(part.replace(" ", "\n") for part in PARTS), "host\nGB", "time"):
         found.add_column(column, justify="right", no_wrap=True)
-    for one in plan.predictions:
+    rows = [(label(one.mode), one) for one in plan.predictions]
+    if plan.roomy.spilled:
+        rows.insert(-1, ("offload, with room", plan.roomy))
+    for name, one in rows:
         found.add_row(
-            label(one.mode),
+            name,
             _gigabytes(one.peak_bytes),
             *(_gigabytes(one.parts[part]) for part in PARTS),
             _gigabytes(one.host_bytes) if one.host_bytes else "–",
@@ -82,7 +85,8 @@ def auto_table(plan: Plan) -> Table:
         size = f"{one.card_GB:g} GB"
         found.add_row(
             f"fused_memory_gb {one.card_GB:g}" if one.is_budget else size,
-            ", ".join(f"{count} {mode}" for mode, count in one.layers.items()),
+            ", ".join(f"{count} {mode}" for mode, count in one.layers.items())
+            + (f"; gate/up of {one.spilled} on the host" if one.spilled else ""),
             f"✓ {_gigabytes(one.peak_bytes)}" if one.fits else _gigabytes(one.peak_bytes),
             _gigabytes(one.host_bytes) if one.host_bytes else "–",
             f"{one.relative_time:.2f}",
@@ -113,6 +117,12 @@ def lines_below(plan: Plan) -> Iterator[str]:
         tokens > longest for cards in plan.longest.values() for tokens in cards.values()
     ):
         yield f"the model was made for {longest:,} positions: longer rows may fit, but not help"
+    if plan.roomy.spilled:
+        yield (
+            "offload, with room: where half of the card stays free, gate/up of "
+            f"{plan.roomy.spilled} layers waits on the host instead of being computed again (so "
+            "many on an H100 with PCIe 5: as many as the link carries beside the GPU's work)"
+        )
     if plan.host_GB is not None:
         yield f"offload: with {plan.host_GB:g} GB of the host's memory to pin"
     for note in plan.notes:

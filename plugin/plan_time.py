@@ -13,7 +13,7 @@ from lorafuse.patches.checkpointing import MODES, OFF, OFFLOAD
 from lorafuse.plugin.plan_groups import GroupShape, Workload
 from lorafuse.plugin.plan_model import LayerShape
 
-_GEMM_FLOPS = 732e12  # base GEMMs, LoRA folded in: 246 TFLOP in 336 ms
+GEMM_FLOPS = 732e12  # base GEMMs, LoRA folded in: 246 TFLOP in 336 ms
 # cuDNN, 0.47 ms for 0.275 TFLOP, and 74.2 ms less the forward's for 32 layers of 2.5 times that.
 _ATTENTION_FLOPS = 585e12
 _ATTENTION_BACKWARD_FLOPS = 371e12
@@ -24,7 +24,7 @@ _LOW_RANK_BYTES = 2.18e12  # the r-wide products
 _GLU_BACKWARD_BYTES = 1.98e12  # with the adapters' gradients in the same kernel
 _LOSS_BYTES = 1.3e12
 _ADAM_BYTES = 0.6e12
-_PCIE_BYTES = 50e9  # each way
+PCIE_BYTES = 50e9  # each way
 # The host's time to issue a layer's forward and backward: 250 ms for 32 layers, a third forward.
 _HOST_FORWARD_S, _HOST_BACKWARD_S = 2.6e-3, 5.2e-3
 # Of a forward pass, what `selective` issues again.
@@ -39,6 +39,7 @@ class LayerTimes:
     again: float
     backward: float
     copied_bytes: int  # each way, in `offload`
+    gate_up: float  # of `again`, what a layer is spared whose gate/up waits on the host
 
 
 def relative_times(workload: Workload) -> dict[str, float]:
@@ -47,12 +48,15 @@ def relative_times(workload: Workload) -> dict[str, float]:
     return {mode: step_seconds(workload, mode) / off for mode in MODES}
 
 
-def step_seconds(workload: Workload, modes: str | Sequence[str]) -> float:
+def step_seconds(
+    workload: Workload, modes: str | Sequence[str], spilled: Sequence[bool] = ()
+) -> float:
     """Seconds of a step on the H100 that the rates are of; for the ratios, not to be reported.
 
     Args:
         workload: The step.
         modes: One of `MODES` for all layers, or one for each.
+        spilled: Whether gate/up of a layer waits on the host; empty: of none.
     """
     layers = workload.model.layers
     by_layer = [modes] * len(layers) if isinstance(modes, str) else list(modes)
@@ -62,7 +66,10 @@ def step_seconds(workload: Workload, modes: str | Sequence[str]) -> float:
         again = 0.0 if mode == OFF else one.again
         # The last layer's are not copied: its backward is next.
         copied = mode == OFFLOAD and i + 1 < len(layers)
-        copy = one.copied_bytes / _PCIE_BYTES if copied else 0.0
+        copy = one.copied_bytes / PCIE_BYTES if copied else 0.0
+        if spilled and spilled[i]:
+            # Copies of layers that spill are spread over those that do not: they do not wait.
+            again, copy = again - one.gate_up, 0.0
         gpu += max(one.forward, copy) + max(again + one.backward, copy)
         host += _HOST_FORWARD_S + _HOST_BACKWARD_S
         host += 0.0 if mode == OFF else _HOST_AGAIN * _HOST_FORWARD_S
@@ -111,7 +118,8 @@ def layer_times(workload: Workload, layer: LayerShape) -> LayerTimes:
         + weights * written
     )
     copied = 2 * T * (H + heads * layer.head_size + (H if layer.post_norms else 0))
-    return LayerTimes(forward, again, backward, copied)
+    gate_up = gemms["gate_up"] + T * 2 * 2 * H / _BYTES  # and its norm
+    return LayerTimes(forward, again, backward, copied, gate_up)
 
 
 def attended_pairs(workload: Workload, window: int | None) -> float:
@@ -127,7 +135,7 @@ def rest_seconds(workload: Workload) -> float:
     V, H = workload.model.vocabulary, workload.model.hidden
     logits = workload.labelled * V
     return (
-        2 * 2 * logits * H / _GEMM_FLOPS
+        2 * 2 * logits * H / GEMM_FLOPS
         + 4 * logits / _LOSS_BYTES
         + 16 * workload.adapter_elements / _ADAM_BYTES
     )
@@ -135,4 +143,4 @@ def rest_seconds(workload: Workload) -> float:
 
 def _gemm(T: int, group: GroupShape) -> float:
     """One of a group's GEMMs, forward or dX, its LoRA folded in."""
-    return 2 * T * group.N * (group.K + group.fold_forward) / _GEMM_FLOPS
+    return 2 * T * group.N * (group.K + group.fold_forward) / GEMM_FLOPS

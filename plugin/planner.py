@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lorafuse.patches import checkpointing
-from lorafuse.patches.checkpointing import MODES, LayerSizes
+from lorafuse.patches.checkpointing import MODES, OFFLOAD, Batch, Decision, LayerSizes, Spill
+from lorafuse.patches.spilling import Rates
 from lorafuse.plugin.plan_groups import BF16, Workload, shown
 from lorafuse.plugin.plan_memory import PARTS, STOCK, Memory, Step, gradient_bytes, stock_memory
 from lorafuse.plugin.plan_model import LayerShape
-from lorafuse.plugin.plan_time import relative_times, step_seconds
+from lorafuse.plugin.plan_time import GEMM_FLOPS, PCIE_BYTES, relative_times, step_seconds
 
 __all__ = [
     "ALL_MODES",
@@ -25,7 +26,7 @@ __all__ = [
     "Plan",
     "Prediction",
     "Workload",
-    "auto_modes",
+    "auto_decision",
     "kept_after_forward",
     "layer_sizes",
     "longest_tokens",
@@ -58,6 +59,7 @@ class Prediction:
         moment: When the peak is.
         host_bytes: Pinned memory on the host.
         relative_time: Of a step, `off` being 1; None for stock, which is not modelled.
+        spilled: Layers whose gate/up waits on the host, as it does where there is room.
     """
 
     mode: str
@@ -66,6 +68,7 @@ class Prediction:
     moment: str
     host_bytes: int
     relative_time: float | None
+    spilled: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Auto:
         card_GB: Nominal size of the GPU, or the budget (`fused_memory_gb`).
         is_budget: The latter.
         layers: How many layers are in which mode; in the order of the forward pass.
+        spilled: Of them, those whose gate/up waits on the host.
         peak_bytes, host_bytes, relative_time: As those of `Prediction`.
         fits: Whether the peak is within what is usable.
     """
@@ -83,6 +87,7 @@ class Auto:
     card_GB: float
     is_budget: bool
     layers: dict[str, int]
+    spilled: int
     peak_bytes: int
     host_bytes: int
     relative_time: float
@@ -96,6 +101,7 @@ class Plan:
     Attributes:
         workload: The step.
         predictions: One for each of `ALL_MODES`, in that order.
+        roomy: `offload` on a card of which half stays free.
         auto: By card, and for the budget where there is one.
         longest: By mode and card (GB): tokens of a row that fit with this batch; 0: none do.
         host_GB: The host's memory that `longest` respects, or None.
@@ -104,6 +110,7 @@ class Plan:
 
     workload: Workload
     predictions: tuple[Prediction, ...]
+    roomy: Prediction
     auto: tuple[Auto, ...]
     longest: dict[str, dict[int, int]]
     host_GB: float | None = None
@@ -126,6 +133,7 @@ class Plan:
             "targets": shown(workload.targets),
             **settings,
             "modes": [asdict(one) for one in self.predictions],
+            "offload_with_room": asdict(self.roomy),
             "auto": [asdict(one) for one in self.auto],
             "usable_bytes": {str(card): usable_bytes(card) for card in CARDS},
             "longest_tokens": {
@@ -137,17 +145,18 @@ class Plan:
         }
 
 
-def predict(workload: Workload, mode: str) -> Memory:
+def predict(workload: Workload, mode: str, spilled: Sequence[bool] = ()) -> Memory:
     """Memory of one step.
 
     Args:
         workload: The step.
         mode: One of `ALL_MODES`.
+        spilled: Of each layer, whether its gate/up waits on the host; empty: of none.
 
     Raises:
         ValueError: There is no such mode.
     """
-    return stock_memory(workload) if mode == STOCK else Step(workload, mode).run()
+    return stock_memory(workload) if mode == STOCK else Step(workload, mode, spilled).run()
 
 
 def kept_after_forward(workload: Workload, mode: str = "off") -> dict[str, int]:
@@ -186,13 +195,32 @@ def layer_sizes(workload: Workload, layer: LayerShape) -> LayerSizes:
     )
 
 
-def auto_modes(workload: Workload, card_GB: float, budget_GB: float | None = None) -> list[str]:
-    """The mode that `auto` gives each layer.
+def batch_of(workload: Workload) -> Batch:
+    """The step as `auto` sees it."""
+    return Batch(
+        [layer_sizes(workload, layer) for layer in workload.model.layers],
+        workload.rows, BF16, workload.tokens, workload.model.vocabulary, workload.accumulates,
+    )  # fmt: skip
+
+
+def spill_of(host_bytes: float) -> Spill:
+    """With the rates of the H100 that times are of, which decide how many layers' gate/up wait."""
+    return Spill(Rates(GEMM_FLOPS, PCIE_BYTES), host_bytes)
+
+
+def auto_decision(
+    workload: Workload,
+    card_GB: float,
+    budget_GB: float | None = None,
+    host_bytes: float = float("inf"),
+) -> Decision:
+    """What `auto` gives each layer.
 
     Args:
         workload: The step.
         card_GB: Nominal size of the GPU.
         budget_GB: `fused_memory_gb`.
+        host_bytes: Of the host, that may be pinned.
     """
     step = Step(workload, MODES[0])
     step.begin()
@@ -201,23 +229,32 @@ def auto_modes(workload: Workload, card_GB: float, budget_GB: float | None = Non
         total - CONTEXT_BYTES - allocated, total, allocated,
         None if budget_GB is None else budget_GB * GB,
     )  # fmt: skip
-    return checkpointing.plan(
-        [layer_sizes(workload, layer) for layer in workload.model.layers],
-        workload.rows, BF16, free, length=workload.tokens, vocabulary=workload.model.vocabulary,
-        accumulates=workload.accumulates,
-    )  # fmt: skip
+    return batch_of(workload).plan(free, spill=spill_of(host_bytes))
 
 
-def _auto(workload: Workload, size_GB: float, is_budget: bool) -> Auto:
+def _auto(workload: Workload, size_GB: float, is_budget: bool, host_bytes: float) -> Auto:
     """`auto` on a card, or with a budget on one that has more."""
     card_GB, budget_GB = (2 * size_GB + 2, size_GB) if is_budget else (size_GB, None)
-    modes = auto_modes(workload, card_GB, budget_GB)
-    memory = Step(workload, modes).run()
-    time = step_seconds(workload, modes) / step_seconds(workload, MODES[0])
+    modes, spilled = auto_decision(workload, card_GB, budget_GB, host_bytes)
+    memory = Step(workload, modes, spilled).run()
+    time = step_seconds(workload, modes, spilled) / step_seconds(workload, MODES[0])
     usable = int(size_GB * GB) if is_budget else usable_bytes(size_GB)
     return Auto(
         size_GB, is_budget, {mode: modes.count(mode) for mode in reversed(MODES) if mode in modes},
-        memory.peak_bytes, memory.host_bytes, time, memory.peak_bytes <= usable,
+        sum(spilled), memory.peak_bytes, memory.host_bytes, time, memory.peak_bytes <= usable,
+    )  # fmt: skip
+
+
+def roomy_offload(workload: Workload, host_bytes: float) -> Prediction:
+    """`offload` where memory is free: some layers' gate/up waits on the host as well."""
+    modes = [OFFLOAD] * len(workload.model.layers)
+    host = host_bytes - Step(workload, OFFLOAD).embeddings_on_host()
+    spilled = batch_of(workload).spilled(modes, float("inf"), spill_of(host))
+    memory = predict(workload, OFFLOAD, spilled)
+    time = step_seconds(workload, modes, spilled) / step_seconds(workload, MODES[0])
+    return Prediction(
+        OFFLOAD, memory.peak_bytes, memory.parts, memory.moment, memory.host_bytes, time,
+        sum(spilled),
     )  # fmt: skip
 
 
@@ -309,7 +346,8 @@ def plan(
         }
         for mode in ALL_MODES
     }
-    auto = [_auto(workload, card, False) for card in cards]
+    auto = [_auto(workload, card, False, host_bytes) for card in cards]
     if memory_GB is not None:
-        auto.append(_auto(workload, memory_GB, True))
-    return Plan(workload, tuple(predictions), tuple(auto), longest, host_GB, tuple(notes))
+        auto.append(_auto(workload, memory_GB, True, host_bytes))
+    roomy = roomy_offload(workload, host_bytes)
+    return Plan(workload, tuple(predictions), roomy, tuple(auto), longest, host_GB, tuple(notes))

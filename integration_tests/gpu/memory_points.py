@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class Point:
         moment: When the planner has the peak.
         parts: Of the predicted peak.
         said: Why there is no measurement; or "".
+        spilled: Layers whose gate/up waited on the host.
     """
 
     model: str
@@ -91,6 +92,7 @@ class Point:
     rest_measured_bytes: int | None = None
     step_s: float | None = None
     said: str = ""
+    spilled: list[int] = field(default_factory=list)
 
     @property
     def error(self) -> float | None:
@@ -111,16 +113,23 @@ class Point:
 
 
 def predicted(
-    case: Case, shape: ModelShape, rank: int, batch: int, tokens: int, mode: str
+    case: Case,
+    shape: ModelShape,
+    rank: int,
+    batch: int,
+    tokens: int,
+    mode: str,
+    spilled: Sequence[int] = (),
 ) -> Point:
-    """The point without a measurement."""
+    """The point without a measurement. `spilled`: layers whose gate/up waits on the host."""
     quant: Any = case.quant
-    memory = predict(Workload(shape, tokens, batch, rank=rank, quant=quant), mode)
+    waits = [i in spilled for i in range(len(shape.layers))]
+    memory = predict(Workload(shape, tokens, batch, rank=rank, quant=quant), mode, waits)
     rest = sum(memory.parts[part] for part in ("weights", "optimizer"))
     adapters = 4 * Workload(shape, tokens, rank=rank, quant=quant).adapter_elements
     return Point(
         case.model, len(shape.layers), case.quant, rank, batch, tokens, mode, memory.peak_bytes,
-        memory.moment, memory.parts, rest + adapters,
+        memory.moment, memory.parts, rest + adapters, spilled=list(spilled),
     )  # fmt: skip
 
 
@@ -168,11 +177,17 @@ class Runner:
             optimizer = make_optimizer(model, torch.device(self.device))
             for mode in self.modes:
                 chosen = [p for p in plans if (p.rank, p.mode) == (rank, mode)]
-                with self.fused(model, optimizer, mode) as why:
+                with self.fused(model, optimizer, mode) as (report, why):
                     for point in chosen:
                         point.said = why
                         if not why:
                             self.measure(model, optimizer, replace(job, rank=rank), point)
+                            waits = [i for i, yes in enumerate(report.checkpointing.spilled) if yes]
+                            again = predicted(
+                                case, shape, rank, point.batch, point.tokens, mode, waits
+                            )
+                            names = ("predicted_bytes", "parts", "moment", "spilled")
+                            point = replace(point, **{n: getattr(again, n) for n in names})
                         self.add(point)
             base = model.unload()
             del model, optimizer
@@ -181,8 +196,8 @@ class Runner:
         self.clean()
 
     @contextmanager
-    def fused(self, model: Any, optimizer: Any, mode: str) -> Iterator[str]:
-        """The fused model in a mode; "" or why there is none."""
+    def fused(self, model: Any, optimizer: Any, mode: str) -> Iterator[tuple[Any, str]]:
+        """The report of the model fused in a mode; "" or why it is not."""
         report = fuse(model, FuseConfig(fused_checkpointing=mode), optimizer=optimizer)
         try:
             operations = report.to_dict()["operations"]
@@ -191,7 +206,7 @@ class Runner:
                 for name, one in operations.items()
                 if one["fused"] < one["found"]
             ]
-            yield f"not fused: {', '.join(missing)}" if missing else ""
+            yield report, f"not fused: {', '.join(missing)}" if missing else ""
         finally:
             report.unfuse()
 
@@ -238,7 +253,8 @@ def markdown(content: dict[str, Any]) -> str:
         weights = "NF4" if p.quant == "nf4" else "bf16"
         rows.append(
             f"| {p.model}, {p.layers} layers | {weights} | {p.rank} | {p.batch} × {p.tokens:,} | "
-            f"{p.mode} | {p.predicted_bytes / 1e9:.2f} | {measured} | {error} |"
+            f"{p.mode}{f', gate/up of {len(p.spilled)}' if p.spilled else ''} | "
+            f"{p.predicted_bytes / 1e9:.2f} | {measured} | {error} |"
         )
     named = ", ".join(f"{k} {v}" for k, v in content["versions"].items() if v)
     where = f"{content['gpu'] or 'no GPU'}, {named}, {content['date']}"

@@ -143,6 +143,27 @@ def test_grouped_outer(randn, dtype, rows, by_token, rank) -> None:
     assert torch.equal(ours, again)
 
 
+@pytest.mark.parametrize("rank", [4, 16, 32, 64])
+@pytest.mark.parametrize("w_by_rows", [True, False])
+@pytest.mark.parametrize("v_by_rows", [True, False])
+@pytest.mark.parametrize(("N", "K"), [(24, 40), (20, 24)])
+def test_factors_that_lie_differently(
+    randn, dtype, device, rank, w_by_rows, v_by_rows, N, K
+) -> None:
+    """As with transposed weights: W by rows and LoRA's A by columns."""
+    index = torch.rand(15, 3).topk(2, 1).indices.to(device)
+    rows = sort_by_expert(index, 4)
+
+    def factor(k: int, by_rows: bool) -> torch.Tensor:
+        made = randn(4, N, k, dtype=dtype) / 4
+        return made if by_rows else made.transpose(1, 2).contiguous().transpose(1, 2)
+
+    x, u = randn(30, K, dtype=dtype), randn(30, rank, dtype=dtype)
+    w, v = factor(K, w_by_rows), factor(rank, v_by_rows)
+    exact = grouped_linear_reference(x.double(), w.double(), rows, u.double(), v.double())
+    near(grouped_linear(x, w, rows, u, v), grouped_linear_reference(x, w, rows, u, v), exact)
+
+
 def test_an_empty_batch(randn, device) -> None:
     rows = sort_by_expert(torch.empty(0, 2, dtype=torch.long, device=device), 3)
     assert grouped_linear(randn(0, 8), randn(3, 5, 8), rows).shape == (0, 5)

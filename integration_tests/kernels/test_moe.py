@@ -184,7 +184,7 @@ def test_experts_like_gpt_oss(oracle, randn, dtype, device, ranks, nf4) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "E", "k", "H", "inner"),
-    [(7, 1, 1, 24, 20), (9, 3, 1, 37, 23), (1, 5, 2, 24, 24), (12, 6, 6, 40, 20)],
+    [(21, 1, 1, 24, 20), (9, 3, 1, 37, 23), (1, 5, 2, 24, 24), (12, 6, 6, 40, 20)],
 )
 def test_other_sizes_like_gpt_oss(oracle, randn, dtype, device, tokens, E, k, H, inner) -> None:
     """H = I and H = 2I among them."""

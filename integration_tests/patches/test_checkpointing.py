@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorafuse.kernels import lora_mlp
 from lorafuse.kernels.lora_linear import fold_alignment
 from lorafuse.patches import checkpointing, offload, recomputation
 from lorafuse.patches.apply import OPERATIONS, apply
-from lorafuse.patches.checkpointing import AUTO, MODES, OFF, OFFLOAD, SELECTIVE, LayerSizes, plan
+from lorafuse.patches.checkpointing import AUTO, MODES, OFF, OFFLOAD, SELECTIVE, Batch, LayerSizes
 
 from .conftest import FAMILIES as FAMILY_CONFIGS
 
@@ -69,6 +70,73 @@ def test_attention_computed_again(family, make_peft, step, monkeypatch) -> None:
     for _ in range(2):
         equal(step(model, use_cache=False), off)
     assert modes_of(fused) == ["offload, attention computed again", OFFLOAD]
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, modes: list[str], spilled: list[bool]) -> None:
+    """As on a GPU whose link has time for these layers' gate/up."""
+    monkeypatch.setattr(
+        checkpointing.Checkpointing,
+        "begin",
+        lambda owner, h: owner.__dict__.update(last_tape=None, modes=modes, spilled=spilled),
+    )
+
+
+@pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD])
+@pytest.mark.parametrize("nf4", [False, True], ids=["float", "nf4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gate_up_that_waits_on_the_host(family, nf4, mode, make_peft, step, monkeypatch) -> None:
+    model = make_peft(family, torch.bfloat16, nf4=nf4)
+    fused = apply(model, ALL, checkpointing=OFF)
+    off = step(model)
+    fused.unfuse()
+    fused = apply(model, ALL, checkpointing=mode)
+    planned(monkeypatch, [mode] * 2, [True, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_mlp, "_recompute_gate_up", None)  # it is not computed again
+        for _ in range(2):
+            equal(step(model), off)
+    assert modes_of(fused) == [f"{mode}, gate/up on the host"] * 2
+    planned(monkeypatch, [mode, OFF], [True, False])
+    equal(step(model), off)
+    assert modes_of(fused) == [f"{mode}, gate/up on the host", OFF]
+
+
+@pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD])
+def test_gate_up_on_the_host_and_a_second_backward(mode, make_peft, tokens, monkeypatch) -> None:
+    """Its memory holds its own gradient after the first: it is computed again for the second."""
+    model = make_peft("llama", lora_dropout=0.2)
+    results = []
+    for spilled in (False, True):
+        fused = apply(model, ALL, checkpointing=mode)
+        with monkeypatch.context() as patch:
+            planned(patch, [mode] * 2, [spilled] * 2)
+            torch.manual_seed(3)
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward(retain_graph=True)
+            loss.backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+        fused.unfuse()
+    equal(results[1], results[0])
+
+
+def test_only_gate_up_leaves_where_the_rest_may_stay(make_peft, step, monkeypatch) -> None:
+    model = make_peft("gemma2")  # norms behind the blocks keep their inputs
+    fused = apply(model, ALL, checkpointing=SELECTIVE)
+    planned(monkeypatch, [SELECTIVE] * 2, [True, False])
+    taken: list[tuple[int, ...]] = []
+    take = offload.Offloader.take
+    monkeypatch.setattr(
+        offload.Offloader,
+        "take",
+        lambda self, t, once=False: taken.append((*t.shape, once)) or take(self, t, once),
+    )
+    step(model)
+    wide = [shape for shape in taken if shape[1] >= 2 * 128]
+    assert len(wide) == 1 and all(shape[-1] for shape in taken)
+    # beside it only what is narrow, and small on a GPU's scale: rstd, XA
+    assert all(shape[1] <= 64 for shape in taken if shape not in wide)
+    assert fused.checkpointing.layers[0].spills
 
 
 def test_how_many_layers_compute_attention_again(make_peft, monkeypatch) -> None:
@@ -320,12 +388,12 @@ def test_a_plan_uses_what_is_free(tokens) -> None:
     order = {mode: i for i, mode in enumerate(MODES)}
     before = 0
     for free in (1e9, 4e9, 8e9, 16e9, 32e9, 64e9, 128e9, 1e12):
-        modes = plan(SIZES, tokens, 2, free)
+        modes = Batch(SIZES, tokens, 2).plan(free).modes
         ranks = [order[mode] for mode in modes]
         assert ranks == sorted(ranks, reverse=True)
         speed = sum(2 - rank for rank in ranks)
         assert speed >= before
         before = speed
     assert modes == [OFF] * 32
-    assert plan(SIZES, tokens, 2, 0) == [OFFLOAD] * 32
-    assert plan(SIZES, tokens, 2, 1e12, floor=SELECTIVE) == [SELECTIVE] * 32
+    assert Batch(SIZES, tokens, 2).plan(0).modes == [OFFLOAD] * 32
+    assert Batch(SIZES, tokens, 2).plan(1e12, floor=SELECTIVE).modes == [SELECTIVE] * 32

@@ -95,7 +95,9 @@ def test_what_auto_chooses(write: Any, tmp_path: Path) -> None:
         found, [*(f"{card} GB" for card in CARDS), "fused_memory_gb 30"], strict=True
     ):
         (row,) = [row for row in rows if row[0] == name]
-        assert row[1] == ", ".join(f"{count} {mode}" for mode, count in one["layers"].items())
+        layers = ", ".join(f"{count} {mode}" for mode, count in one["layers"].items())
+        waits = f"; gate/up of {one['spilled']} on the host" if one["spilled"] else ""
+        assert row[1] == layers + waits
         assert row[2] == ("✓ " if one["fits"] else "") + f"{one['peak_bytes'] / 1e9:.2f}"
         assert row[4] == f"{one['relative_time']:.2f}"
     yaml_file = write(fused=True, fused_memory_gb=3)

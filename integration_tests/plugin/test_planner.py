@@ -374,6 +374,39 @@ def test_autos_estimate_is_a_little_above_the_walk(shapes: Any, name: str) -> No
             assert 1 <= estimate / peak < 1.10, (w.tokens, w.batch, quant, rank, modes)
 
 
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b", "qwen3-8b", "gemma-2-9b"])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_so_it_is_where_gate_up_waits_on_the_host(shapes: Any, name: str, every: int) -> None:
+    shape = shapes(name)
+    count = len(shape.layers)
+    for tokens, batch in ((2048, 1), (4096, 2), (16384, 1), (65536, 1)):
+        w = Workload(shape, tokens, batch, rank=32)
+        sizes = [layer_sizes(w, layer) for layer in shape.layers]
+        for modes in mixed(count):
+            first = max((i for i, mode in enumerate(modes) if mode != "off"), default=0)
+            spilled = [i % every == 0 and i < first for i in range(count)]
+            step = Step(w, modes)
+            step.begin()
+            estimate = step.ledger.total + checkpointing.step_bytes(
+                sizes, modes, w.rows, 2, tokens, shape.vocabulary, False, spilled
+            )
+            peak = Step(w, modes, spilled).run().peak_bytes
+            assert 1 <= estimate / peak < 1.25, (w.tokens, w.batch, modes)
+
+
+def test_offload_with_room_is_faster_and_says_what_it_takes(shapes: Any) -> None:
+    w = Workload(shapes("llama-3.1-8b"), 4096, 2)
+    found = plan(w, cards=(80,))
+    (least,) = (one for one in found.predictions if one.mode == "offload")
+    roomy, gate_up = found.roomy, 2 * 8192 * (28672 + 64)
+    assert roomy.spilled > 6 and least.spilled == 0
+    assert roomy.host_bytes == least.host_bytes + roomy.spilled * gate_up
+    assert least.peak_bytes < roomy.peak_bytes < least.peak_bytes + 1.1 * gate_up
+    assert roomy.relative_time < least.relative_time - 0.03
+    few = plan(w, cards=(80,), host_GB=(least.host_bytes + 3.5 * gate_up) / 1e9).roomy
+    assert 0 < few.spilled <= 3
+
+
 @pytest.mark.parametrize("targets", ["all-linear", (*ATTENTION_ONLY, "down_proj")])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_auto_sees_the_layers_as_the_planner_does(family: str, targets: Any) -> None:
@@ -403,6 +436,10 @@ def test_auto_uses_a_card_and_fits_it(shapes: Any) -> None:
         # One layer more in the faster mode is not what is missing to the card's end.
         assert one.peak_bytes > 0.8 * (usable_bytes(one.card_GB) - 0.04e9 * one.card_GB)
     assert found[4].peak_bytes <= 20e9
+    assert all(one.spilled > 4 and one.host_bytes > 0 for one in found[:2])
+    without = plan(w, cards=(16, 24), host_GB=0).auto
+    for one, other in zip(found, without, strict=False):
+        assert other.spilled == 0 and one.relative_time < other.relative_time
     hopeless = plan(Workload(shapes("llama-3.1-8b"), 65536, 4), cards=(16,)).auto[0]
     assert hopeless.layers == {"offload": 32} and not hopeless.fits
 
