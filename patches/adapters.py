@@ -19,7 +19,7 @@ from lorafuse.kernels.fp8_linear import why_not
 from lorafuse.kernels.lora_linear import LoraProjection, compute_dtype
 from lorafuse.patches.bind import Unsupported
 from lorafuse.patches.hooks import has_live_hooks
-from lorafuse.patches.weights import WeightFormat, check_plain, find_reader
+from lorafuse.patches.weights import WeightFormat, check_plain, find_reader, is_sharded
 
 
 class LinearReader:
@@ -112,13 +112,19 @@ class LinearReader:
         A, B, scales = [], [], []
         for name in active:
             down, up, scale = downs[name], ups[name], float(lora.scaling[name])
+            if not isinstance(down, nn.Linear) or is_sharded(down.weight):
+                kind = type(down).__name__
+                raise Unsupported(
+                    f"its LoRA matrices are there only while they are called: FSDP takes each of "
+                    f"them on its own ({kind})"
+                )
             if has_live_hooks(down) or has_live_hooks(up):
                 raise Unsupported("a hook on its LoRA matrices has to run")
             A.append(down.weight)
             B.append(up.weight)
             check_plain(A[-1], "its LoRA matrix")
             scales.append(scale)
-            extra = up.bias
+            extra: Tensor | None = up.bias
             if extra is not None:
                 extra = extra * scale
                 bias = extra if bias is None else bias + extra

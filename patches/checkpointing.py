@@ -20,7 +20,7 @@ puts it back with `undo`. Other layers, and calls that go the stock way, keep th
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -439,7 +439,7 @@ class Checkpointing:
         self.vocabulary = _VOCABULARY
         self.last_tape: Tape | None = None
         self._offloader: Offloader | None = None
-        self._parameters: list[nn.Parameter] = []
+        self._trained: list[nn.Module] = []  # that hold adapters
         self._on_host: list[OnHost] = []
         # With `offload`: the first so many layers compute attention again.
         self.attention_again = 0
@@ -453,8 +453,15 @@ class Checkpointing:
         """A layer, in the order of the forward pass; for the rest see there."""
         layer = LayerCheckpointing(self, len(self.layers), module, sizes, repeats)
         self.layers.append(layer)
-        self._parameters += [p for p in module.parameters() if p.requires_grad]
+        self._trained += [
+            one for one in module.modules() if any(p.requires_grad for p in own_parameters(one))
+        ]
         return layer
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The adapters as they are now: FSDP puts shards in the place of those of the beginning,
+        which would stay in memory if we held them."""
+        return (p for one in self._trained for p in own_parameters(one) if p.requires_grad)
 
     def replace_trainers(self) -> str | None:
         """Switches the trainer's own checkpointing off on our layers; says so where it was on."""
@@ -525,7 +532,7 @@ class Checkpointing:
         """The step that `h` [B, S, H], the first layer's input, is the beginning of."""
         rows, length, _ = h.shape
         sizes = [layer.sizes for layer in self.layers]
-        accumulates = any(p.grad is not None for p in self._parameters)
+        accumulates = any(p.grad is not None for p in self.parameters())
         return Batch(sizes, rows * length, h.dtype.itemsize, length, self.vocabulary, accumulates)
 
     def host_bytes(self, device: torch.device) -> float:
@@ -550,7 +557,7 @@ class Checkpointing:
         allocated = torch.cuda.memory_allocated(device)
         free += torch.cuda.memory_reserved(device) - allocated
         # AdamW's, in fp32
-        to_come = 0 if self.has_stepped else sum(8 * p.numel() for p in self._parameters)
+        to_come = 0 if self.has_stepped else sum(8 * p.numel() for p in self.parameters())
         return spare_bytes(free, total, allocated, self.budget_bytes) - to_come
 
     @property
@@ -570,6 +577,11 @@ class Checkpointing:
             return None
         self.floor = MODES[dearest + 1]
         return self.floor
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those that `module` itself holds."""
+    return [p for p in module._parameters.values() if p is not None]
 
 
 class LayerCheckpointing:

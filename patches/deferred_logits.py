@@ -9,6 +9,8 @@ head's input it stands for. A model's own forward goes on with it as with any te
 - argmax and the entropy expression (log_softmax, exp, product, sum) are answered from what the same
   pass of the kernel learnt, so that TRL's SFTTrainer logs its `entropy` and `mean_token_accuracy`
   from `outputs.logits` as ever;
+- a copy (DDP makes one) is put off as well, and hooks on the gradient (FSDP puts one on every
+  output) wait until a reader makes a gradient possible;
 - anything else computes the real logits with the stock head, differentiably, and goes on with
   those.
 
@@ -17,6 +19,7 @@ copied, and an auxiliary loss, a logit scale or a shift is the model's own code.
 soft cap are applied in fp32 where a 16-bit model would round in between.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -24,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from lorafuse.kernels.linear_cross_entropy import (
     CrossEntropyOptions,
@@ -189,6 +193,7 @@ class DeferredLogits(torch.Tensor):
         scale, cap: the logits are `cap tanh(scale z)`, or `scale z` without a cap.
         form: "logits", "log p", "p" or "p log p".
         stock_logits: the real tensor, once it has been read; from then on it alone is used.
+        hooks: on its gradient, by the id of their handle.
     """
 
     call: HeadCall
@@ -199,6 +204,7 @@ class DeferredLogits(torch.Tensor):
     cap: float | None
     form: str
     stock_logits: Tensor | None
+    hooks: OrderedDict[int, Callable[[Tensor], Tensor | None]]
 
     @staticmethod
     def __new__(
@@ -217,6 +223,7 @@ class DeferredLogits(torch.Tensor):
         )
         self.call, self.rows, self.whole, self.precision = call, rows, whole, precision
         self.scale, self.cap, self.form, self.stock_logits = scale, cap, form, None
+        self.hooks = OrderedDict()
         return self
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -237,7 +244,20 @@ class DeferredLogits(torch.Tensor):
         if self.stock_logits is None:
             self.call.on_read(reader)
             self.stock_logits = self._compute()
+            if self.hooks and self.stock_logits.requires_grad:
+                self.stock_logits.register_hook(self._run_hooks)  # type: ignore[no-untyped-call]
         return self.stock_logits
+
+    def _run_hooks(self, gradient: Tensor) -> Tensor:
+        for hook in list(self.hooks.values()):
+            changed = hook(gradient)
+            gradient = gradient if changed is None else changed
+        return gradient
+
+    @property
+    def hook_waits(self) -> bool:
+        """Whether what is made of these logits now has to pass its gradient through a hook."""
+        return bool(self.hooks) and torch.is_grad_enabled()
 
     def _compute(self) -> Tensor:
         hidden = self.call.hidden
@@ -268,7 +288,12 @@ class DeferredLogits(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         handler, first = _HANDLERS.get(name), args[0] if args else None
-        if handler is not None and isinstance(first, DeferredLogits) and first.stock_logits is None:
+        if (
+            handler is not None
+            and isinstance(first, DeferredLogits)
+            and first.stock_logits is None
+            and (name in _OF_THE_GRAPH or not first.hook_waits)
+        ):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -306,6 +331,12 @@ def _last(dim: int, x: DeferredLogits) -> bool:
 
 def _requires_grad(x: DeferredLogits) -> Any:
     return torch.is_grad_enabled() and x.call.requires_grad
+
+
+def _register_hook(x: DeferredLogits, hook: Callable[[Tensor], Tensor | None]) -> Any:
+    handle = RemovableHandle(x.hooks)
+    x.hooks[handle.id] = hook
+    return handle
 
 
 def _cast(x: DeferredLogits, dtype: torch.dtype) -> Any:
@@ -474,11 +505,20 @@ _METADATA = frozenset(
     + ["__hash__", "__len__", "dim", "is_floating_point", "nelement", "numel", "size"]
 )
 
-_HANDLERS: dict[str, Callable[..., Any]] = {
-    "__repr__": lambda x, **_: f"DeferredLogits({x.form}, {tuple(x.shape)}, {x.precision})",
+# Asked of the tensor as a node of the graph.
+_OF_THE_GRAPH: dict[str, Callable[..., Any]] = {
     "__get__ requires_grad": _requires_grad,
+    "__get__ grad_fn": lambda x: None,  # there is none yet
+    "__get__ _base": lambda x: None,
+    "register_hook": _register_hook,
+}
+
+_HANDLERS: dict[str, Callable[..., Any]] = {
+    **_OF_THE_GRAPH,
+    "__repr__": lambda x, **_: f"DeferredLogits({x.form}, {tuple(x.shape)}, {x.precision})",
     "float": _float,
     "to": _to,
+    "clone": lambda x, **_: x.variant(),
     "contiguous": lambda x: x,
     "view": _view,
     "reshape": _view,

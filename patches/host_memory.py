@@ -8,6 +8,7 @@ see it: with unified addressing the GPU reads pinned memory at its own address, 
 for tables of which a step reads a few rows, as the embeddings: 67 MB of 1 GB for 8192 tokens.
 """
 
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,14 @@ def pinned_buffer(nbytes: int) -> tuple[Tensor, bool]:
 
 
 def available_bytes() -> int:
-    """Memory of the host that this process could still take: of the machine, or its container."""
+    """Memory of the host that this process could still take: of the machine, or its container.
+
+    Ranks on one host share it: each may take its part (torchrun and accelerate tell how many).
+    """
+    return _free_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _free_bytes() -> int:
     free = int(psutil.virtual_memory().available)
     folder = Path("/sys/fs/cgroup")
     try:
@@ -76,7 +84,8 @@ class OnHost:
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter, self.device = parameter, parameter.device
+        # Not held: FSDP puts a shard in its place, and the memory is to go then.
+        self._parameter, self.device = weakref.ref(parameter), parameter.device
         data = parameter.data
         buffer, self.moved = pinned_buffer(data.nbytes)
         if not self.moved:
@@ -87,8 +96,9 @@ class OnHost:
 
     def undo(self) -> None:
         """Moves it back, unless somebody has moved it elsewhere by now."""
-        if self.moved and self.parameter.device == self.device:
-            self.parameter.data = self.parameter.data.clone()
+        parameter = self._parameter()
+        if self.moved and parameter is not None and parameter.device == self.device:
+            parameter.data = parameter.data.clone()
 
 
 def embedding_table(model: Any) -> nn.Parameter | None:

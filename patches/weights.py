@@ -46,11 +46,16 @@ class WeightReader:
 WeightFormat = Callable[[nn.Module], WeightReader | None]
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements")
+
+
 def check_plain(tensor: Tensor, what: str) -> None:
     """Raises Unsupported where `tensor` is not an ordinary tensor with its data here."""
     if tensor.is_meta:
         raise Unsupported(f"{what} is on the meta device")
-    if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements"):
+    if is_sharded(tensor):
         raise Unsupported(f"{what} is sharded (DTensor); fuse before the model is wrapped")
     if tensor.numel() == 0:
         raise Unsupported(f"{what} is empty here (partitioned by ZeRO-3?)")
@@ -134,17 +139,18 @@ class Bitsandbytes4bitWeight(WeightReader):
         self._known: Quantised4bit | None = None
 
     def read(self) -> Weight:
-        weight = self.layer.weight
-        known = self._known
+        weight, known = self.layer.weight, self._known
+        # FSDP gathers the bytes into a plain parameter; the layer has kept their state.
+        state = getattr(weight, "quant_state", None) or self.layer.quant_state
         # The views are made, and checked, once for each place that the weight lies in.
         if (
             known is None
-            or weight.quant_state is not self._state
+            or state is not self._state
             or known.packed.data_ptr() != weight.data_ptr()
-            or known.absmax.data_ptr() != weight.quant_state.absmax.data_ptr()
+            or known.absmax.data_ptr() != state.absmax.data_ptr()
         ):
-            known = quantised_4bit(weight)
-            self._state, self._known = weight.quant_state, known
+            known = from_state(weight.data, state)
+            self._state, self._known = state, known
         return known
 
     def dtype(self) -> torch.dtype | None:
@@ -161,11 +167,6 @@ def bitsandbytes_4bit(layer: nn.Module) -> WeightReader | None:
     if bnb is None or not isinstance(layer, bnb.nn.Linear4bit):
         return None
     return Bitsandbytes4bitWeight(layer)
-
-
-def quantised_4bit(weight: Any) -> Quantised4bit:
-    """The packed bytes and scales of a bitsandbytes `Params4bit`; views, no copies."""
-    return from_state(weight.data, weight.quant_state)
 
 
 def from_state(data: Tensor, state: Any) -> Quantised4bit:

@@ -18,6 +18,10 @@ from lorafuse.plugin.errors import FuseConfigError, FuseError
 from lorafuse.plugin.manager import Plugins
 from lorafuse.plugin.report import FuseReport
 
+COPIED = (
+    "DataParallel copies it to every GPU in each step, and fused forwards would stay on the first: "
+    "start one process a GPU (torchrun, accelerate launch)"
+)
 # The report of each model that is fused now, so that fusing again starts from the stock model.
 _fused: "WeakKeyDictionary[nn.Module, FuseReport]" = WeakKeyDictionary()
 
@@ -31,8 +35,9 @@ def fuse(
     """Fuses a model in place, on its module instances only.
 
     A model that is fused already is first unfused, so the result is that of the new flags alone.
-    Wrappers (DistributedDataParallel, FSDP, DeepSpeed) are looked through. A model that
-    torch.compile owns stays as it is, with that reason in the report.
+    DistributedDataParallel and DeepSpeed's engine are looked through. A model that torch.compile
+    owns, that DataParallel copies or that FSDP has sharded stays as it is, with that reason in the
+    report; one that was fused before FSDP took it stays fused, and its report is returned.
 
     Args:
         model: Any `nn.Module`; a PEFT model for the LoRA operations.
@@ -86,12 +91,15 @@ def fuse_with(
             f"fuse needs a torch.nn.Module (a PEFT model), got {type(model).__name__}; "
             "for a trainer, give its `.model`"
         )
-    model, compiled = unwrap(model)
+    sharded = why_sharded(model)
+    model, forbidden = unwrap(model)
+    if sharded is not None and model in _fused:  # it was fused in time, and cannot be once more
+        return _fused[model]
     if model in _fused:
         _fused[model].unfuse()
         del _fused[model]
     plugins.call("lorafuse_adapter_attached", model=model, config=config)
-    aside = aside or compiled
+    aside = aside or forbidden or sharded
     fused = _stand_aside(config, aside) if aside else _apply(model, config, plugins)
     if config.fused_moe and MOE in config.model_fields_set:
         _say_no_experts(model, fused)
@@ -130,22 +138,41 @@ def add_optimizer(report: FuseReport, optimizer: Any) -> None:
         log.warning(f"{OPTIMIZER}: {reason}; it is left as it is")
 
 
+def why_sharded(model: nn.Module) -> str | None:
+    """Why the weights of a wrapped model cannot be read until it runs, or None.
+
+    Nothing in it may be called alone, either: FSDP would take the first module called for its root.
+    """
+    wrapped = any(_is_fsdp_1(module) for module in model.modules())
+    if wrapped or any(hasattr(p, "placements") for p in model.parameters()):
+        return (
+            "its weights are sharded by now (FSDP): fuse it before it is wrapped, with "
+            "`lorafuse.fuse(trainer.model)` ahead of `trainer.train()`"
+        )
+    return None
+
+
 def unwrap(model: nn.Module) -> tuple[nn.Module, str | None]:
-    """Looks through the wrappers. Returns the model, and why torch.compile forbids to fuse it."""
-    compiled = None
+    """Looks through the wrappers. Returns the model, and which of them forbids to fuse it, why."""
+    forbidden = None
     while True:
         if (inner := model._modules.get("_orig_mod")) is not None:
-            compiled = "torch.compile owns the model's forwards; compile it or fuse it, not both"
+            forbidden = "torch.compile owns the model's forwards; compile it or fuse it, not both"
+        elif isinstance(model, DataParallel) and len(model.device_ids) > 1:
+            inner, forbidden = model._modules["module"], COPIED
         elif isinstance(model, DataParallel | DistributedDataParallel) or _is_engine(model):
             inner = model._modules.get("module") or model._modules.get("_fsdp_wrapped_module")
         if inner is None:
-            return model, compiled
+            return model, forbidden
         model = inner
 
 
 def _is_engine(model: nn.Module) -> bool:
-    name = type(model).__name__
-    return name == "FullyShardedDataParallel" or type(model).__module__.startswith("deepspeed.")
+    return _is_fsdp_1(model) or type(model).__module__.startswith("deepspeed.")
+
+
+def _is_fsdp_1(model: nn.Module) -> bool:
+    return type(model).__name__ == "FullyShardedDataParallel"
 
 
 def _say_no_experts(model: nn.Module, fused: FusedModel) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorafuse.plugin.config import FuseConfig
-from lorafuse.plugin.fuse import fuse_with, resolve_config
+from lorafuse.plugin.fuse import COPIED, fuse_with, resolve_config
 from lorafuse.plugin.manager import Plugins
 from lorafuse.plugin.run import RunCallback
 
@@ -40,5 +40,7 @@ class LorafuseCallback(RunCallback):
         aside = None
         if args.torch_compile:
             aside = "torch_compile owns the model's forwards; set torch_compile to false"
+        elif args.n_gpu > 1:
+            aside = COPIED
         self.report = fuse_with(kwargs["model"], self.config, self.plugins, aside)
         super().on_train_begin(args, state, control, **kwargs)

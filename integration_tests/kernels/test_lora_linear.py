@@ -215,7 +215,7 @@ def test_autocast_decides_the_dtype_and_the_residual_stream_stays(randn, make, d
 @pytest.mark.parametrize("tokens", [3, 90])
 def test_4bit_weights_of_bitsandbytes(randn, make, device, kind, nested, tokens) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    from lorafuse.patches.weights import quantised_4bit
+    from lorafuse.patches.weights import from_state
 
     bnb = pytest.importorskip("bitsandbytes")
     weight = bnb.nn.Params4bit(
@@ -225,7 +225,7 @@ def test_4bit_weights_of_bitsandbytes(randn, make, device, kind, nested, tokens)
     p = make(48, 64, 4, torch.float32)
     x = randn(tokens, 64)
     runs = []
-    for w in (quantised_4bit(weight), plain):
+    for w in (from_state(weight.data, weight.quant_state), plain):
         leaves = [t.clone().requires_grad_() for t in (x, p.A, p.B)]
         y = lora_linear(leaves[0], [LoraProjection(w, None, leaves[1], leaves[2], 0.5)])[0]
         runs.append([y.detach(), *torch.autograd.grad((y * y).sum(), leaves)])

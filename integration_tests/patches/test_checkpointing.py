@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -257,6 +258,19 @@ def test_nothing_outlives_the_step(make_peft, step) -> None:
     gc.collect()
     after = [o for o in gc.get_objects() if isinstance(o, kinds) and id(o) not in known]
     assert [type(o) for o in after] in ([], [recomputation.Tape])
+
+
+def test_parameters_that_were_replaced_do_not_stay(make_peft) -> None:
+    """FSDP puts shards in the place of a fused model's parameters."""
+    model = make_peft("llama")
+    fused = apply(model, ALL)
+    before = {id(p) for p in fused.checkpointing.parameters()}
+    assert before == {id(p) for p in model.parameters() if p.requires_grad}
+    lora = next(m for m in model.modules() if hasattr(m, "lora_A"))
+    old = weakref.ref(lora.lora_A["default"].weight)
+    lora.lora_A["default"].weight = torch.nn.Parameter(old().detach().clone())
+    assert old() is None
+    assert id(lora.lora_A["default"].weight) in {id(p) for p in fused.checkpointing.parameters()}
 
 
 def test_an_adapter_that_changed_meanwhile_is_an_error(make_peft, tokens) -> None:

@@ -55,6 +55,14 @@ def test_the_embeddings_are_read_from_the_host(cuda, make_peft, step) -> None:
     assert torch.equal(parameter, expected)
 
 
+def test_ranks_on_one_host_share_its_memory(monkeypatch) -> None:
+    monkeypatch.setattr(host_memory, "_free_bytes", lambda: 1000)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert host_memory.available_bytes() == 1000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert host_memory.available_bytes() == 250
+
+
 def test_it_is_moved_by_offload_alone(make_peft) -> None:
     model = make_peft("llama")
     before = table(model).data_ptr()

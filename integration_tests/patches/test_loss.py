@@ -345,6 +345,46 @@ def test_deferred_logits_look_like_logits(llama, tokens, labels):
     assert dict(forward.stock_calls) == {"add read the logits": 1}
 
 
+def test_a_hook_on_the_logits_waits_for_a_reader(llama, tokens, labels):
+    """FSDP2 hooks every output, asks for its `_base`, and reads none."""
+    forward, _ = fuse_loss(llama)
+    seen: list[Tensor] = []
+    out = llama(input_ids=tokens, labels=labels)
+    handle = out.logits.register_hook(lambda gradient: seen.append(gradient) or 2 * gradient)
+    assert out.logits._base is None and out.logits.grad_fn is None
+    out.loss.backward()
+    assert not seen and not forward.stock_calls
+
+    def gradient(read, hooks) -> Tensor:
+        llama.zero_grad()
+        logits = llama(input_ids=tokens, labels=labels).logits
+        handles = [logits.register_hook(hook) for hook in hooks]
+        for one in handles[1:]:
+            one.remove()
+        read(logits).backward()
+        return llama.get_parameter("model.layers.0.mlp.up_proj.weight").grad.clone()
+
+    for read in (lambda z: z.square().mean(), lambda z: z[:, :-1].float().square().mean()):
+        expected = gradient(read, [])
+        hooks = [lambda g: seen.append(g) or 3 * g, lambda g: 5 * g]
+        torch.testing.assert_close(gradient(read, hooks), 3 * expected)
+        assert seen.pop().shape == (*tokens.shape, SMALL["vocab_size"])
+    handle.remove()
+    with torch.no_grad():  # nothing to hook: rows are picked without computing the rest
+        before = sum(forward.stock_calls.values())
+        llama(input_ids=tokens, labels=labels).logits[:, :-1].argmax(-1)
+        assert sum(forward.stock_calls.values()) == before
+
+
+def test_a_copy_of_the_logits_is_put_off_as_well(llama, tokens, labels):
+    """DDP copies every output where it looks for unused parameters."""
+    forward, _ = fuse_loss(llama)
+    logits = llama(input_ids=tokens, labels=labels).logits
+    copied = logits.clone()
+    assert isinstance(copied, DeferredLogits) and not forward.stock_calls
+    torch.testing.assert_close(copied.add_(1.0) - 1.0, logits + 0.0)
+
+
 def test_code_that_skips_torchs_overrides_is_told_so_in_training(llama, tokens, labels):
     fuse_loss(llama)
     z = llama(input_ids=tokens, labels=labels).logits

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
+from torch import Tensor, nn
 
 from lorafuse.patches.apply import OPERATIONS, apply
 
@@ -164,6 +165,51 @@ def test_hooks_on_inner_modules_run(make_peft, step, close) -> None:
     assert len(seen) == 2
     close(step(model), stock)
     assert len(seen) == 2
+
+
+class Gathers(nn.Module):
+    """FSDP1's wrapper: the weight of what it wraps is a matrix only while it is called."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.shape = linear, linear.weight.shape
+        linear.weight.data = linear.weight.data.flatten()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.linear.weight.view(self.shape))
+
+
+def test_matrices_that_a_wrapper_gathers_when_called(make_peft, step, close) -> None:
+    model = make_peft("llama")
+    stock = step(model)
+    fused = apply(model, ALL)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    for matrices in (layer.lora_A, layer.lora_B):
+        matrices["default"] = Gathers(matrices["default"])
+    ours = step(model)
+    renamed = {name.replace(".linear.", "."): x for name, x in ours.items()}
+    close({name: x.view_as(stock[name]) for name, x in renamed.items()}, stock)
+    (reason,) = stock_reasons(fused)
+    assert "FSDP takes each of them on its own (Gathers)" in reason
+
+
+def test_4_bit_weights_that_were_gathered_into_plain_parameters(make_peft, step) -> None:
+    """As FSDP2 does; bitsandbytes' own forward takes the state from the layer, too."""
+    model = make_peft("llama", nf4=True)
+    fused = apply(model, ALL)
+    expected = step(model)
+    for module in model.modules():
+        if hasattr(module._parameters.get("weight"), "quant_state"):
+            data = module.weight.data.as_subclass(Tensor).clone()
+            module._parameters["weight"] = nn.Parameter(data, requires_grad=False)
+    ours = step(model)
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value), name
+    assert not stock_reasons(fused)
 
 
 def test_hidden_states_and_attentions_when_asked_for(make_peft, tokens) -> None:

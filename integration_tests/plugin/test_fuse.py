@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DataParallel
 
 from lorafuse import FuseConfig, fuse
@@ -101,6 +102,42 @@ def test_distributed_data_parallel_trains_fused(llama, tmp_path) -> None:
         assert forwards(llama) == {}
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_model_that_is_copied_in_each_step_stays_as_it_is(llama) -> None:
+    wrapped = DataParallel(llama)
+    wrapped.device_ids = [0, 1]
+    report = fuse(wrapped)
+    assert forwards(llama) == {}
+    (reason,) = report.operations()["lora_mlp"].fallbacks
+    assert "DataParallel copies it to every GPU" in reason.reason
+
+
+def test_a_sharded_model_is_fused_in_time_or_not_at_all(llama, another_llama, tmp_path) -> None:
+    loss, _ = step(llama)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        for model in (llama, another_llama):
+            if model is llama:
+                report = fuse(model)
+            for layer in model.get_base_model().model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        late = fuse(another_llama)
+        assert fuse(llama) is report
+        for model in (llama, another_llama):
+            torch.testing.assert_close(step(model)[0], loss)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert forwards(another_llama) == {}
+    for name, one in late.operations().items():
+        assert all("its weights are sharded by now" in r.reason for r in one.fallbacks), name
+    for name in ("lora_mlp", "lora_qkv", "lora_o", "rms_norm", "rope", "cross_entropy"):
+        one = report.operations()[name]
+        assert one.called == one.fused > 0 and not one.runtime_fallbacks, name
+        assert late.operations()[name].fallbacks, name
 
 
 def test_a_compiled_model_stays_as_it_is(llama) -> None:

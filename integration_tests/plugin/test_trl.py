@@ -155,6 +155,19 @@ def test_only_what_is_named_is_fused(bare_llama, tokenizer, tmp_path) -> None:
     assert fused == {"lora_mlp": 2, "cross_entropy": 1}
 
 
+def test_a_trainer_that_copies_the_model_in_each_step_trains_as_stock(
+    bare_llama, tokenizer, tmp_path
+) -> None:
+    """Several GPUs in one process: transformers takes DataParallel."""
+    trainer = build(bare_llama, tokenizer, tmp_path)
+    callback = LorafuseCallback()
+    trainer.args._n_gpu = 2
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert not any(one.fused for one in callback.report.operations().values())
+    (reason,) = callback.report.operations()["lora_mlp"].fallbacks
+    assert "start one process a GPU" in reason.reason
+
+
 def test_it_takes_a_configuration_or_flags() -> None:
     config = FuseConfig(fused_rope=False)
     assert LorafuseCallback(config).config is config
