@@ -2,10 +2,11 @@
 
     python integration_tests/gpu/copy_overlap.py --json copy_overlap.json      # an H100, under 60 s
     python integration_tests/gpu/copy_overlap.py --model tiny --tokens 64 --quant none --device cpu
+    python integration_tests/gpu/copy_overlap.py --read trace.json --plot copies.png
 
 For each length: how long copies to and from the host took in all, for how much of that a kernel ran
 beside them, and how long neither ran within the step. `--trace FOLDER` keeps the traces, for
-chrome://tracing or Perfetto.
+chrome://tracing or Perfetto; `--read` takes one of them, and `--plot` draws it.
 """
 
 import argparse
@@ -73,6 +74,32 @@ def overlap(trace: dict[str, Any]) -> dict[str, float]:
     return found | {"hidden": 1 - found["copies_alone_ms"] / max(found["copies_ms"], 1e-9)}
 
 
+def plot(trace: dict[str, Any], path: Path) -> None:
+    """Kernels and copies of a step as bars over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    to_host, from_host, kernels = spans_of(trace)
+    begin = min(spans[0][0] for spans in (to_host, from_host, kernels) if spans)
+    figure, axes = pyplot.subplots(figsize=(11, 2.4))
+    rows = (
+        ("from the host", from_host, "C1"),
+        ("to the host", to_host, "C2"),
+        ("kernels", kernels, "C0"),
+    )
+    for place, (_, spans, colour) in enumerate(rows):
+        bars = [((a - begin) / 1e3, (b - a) / 1e3) for a, b in spans]
+        axes.broken_barh(bars, (place - 0.35, 0.7), facecolors=colour)
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.set_xlabel("ms")
+    axes.set_title(f"{overlap(trace)['hidden']:.1%} of the copies' time beside kernels")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def traced(training: Training, path: Path) -> dict[str, Any]:
     """One step after two others."""
     for _ in range(2):
@@ -100,7 +127,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--trace", type=Path, default=Path("."), help="folder for the traces")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--read", type=Path, help="a trace: no step is run")
+    parser.add_argument("--plot", type=Path, help="of --read")
     args = parser.parse_args()
+    if args.read:
+        trace = json.loads(args.read.read_text(encoding="utf-8"))
+        print(json.dumps(overlap(trace), indent=1))
+        if args.plot:
+            plot(trace, args.plot)
+        return
     lengths, args.tokens, args.steps = args.tokens, args.tokens[0], 1
     timer = Timer(args)
     found: dict[str, dict[str, float]] = {}

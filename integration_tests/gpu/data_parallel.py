@@ -73,7 +73,14 @@ def ddp(model: nn.Module, looks: bool = False) -> nn.Module:
 
 
 def fsdp2(model: Any, **options: Any) -> nn.Module:
-    """As accelerate shards: each decoder layer, then the rest."""
+    """As accelerate shards: each decoder layer, then the rest.
+
+    4-bit weights lie in bf16 (`bnb_4bit_quant_storage`), as FSDP wants it of them.
+    """
+    for module in model.modules():
+        if hasattr(module.__dict__.get("_parameters", {}).get("weight"), "quant_state"):
+            module.weight.data = module.weight.data.view(torch.bfloat16)
+            module.weight.quant_storage = torch.bfloat16
     for layer in model.get_base_model().model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)

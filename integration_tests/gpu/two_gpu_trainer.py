@@ -36,6 +36,7 @@ from lorafuse.plugin.geometries import Model
 STEPS = 4
 # Of the relative difference of (loss, gradient norm): bf16 on a GPU, fp32 on a CPU.
 LIMITS = {"cuda": (1e-3, 1e-2), "cpu": (1e-5, 1e-4)}
+HOOKED = "a hook on the head has to run"
 CALLED = ("lora_mlp", "lora_qkv", "lora_o", "rms_norm", "rope", "cross_entropy", "checkpointing")
 
 
@@ -125,13 +126,22 @@ def distance(curve: list[Any], other: list[Any], which: int) -> float:
 
 
 def idle(rows: dict[str, Any]) -> list[str]:
-    """What a rank's report does not call fused and called everywhere."""
+    """What a rank's report does not call fused and called everywhere.
+
+    Where accelerate shards the head as a module of its own, its weight is there in its own call
+    alone: the loss is stock's then, and the report says so.
+    """
+    loss = rows.get("cross_entropy")
+    apart = loss is not None and [r.reason for r in loss.runtime_fallbacks] == [HOOKED]
     return [
         f"{name}: {rows.get(name)}"
         for name in CALLED
-        if name not in rows
-        or not rows[name].found == rows[name].fused == rows[name].called > 0
-        or rows[name].runtime_fallbacks
+        if not (apart and name == "cross_entropy")
+        and (
+            name not in rows
+            or not rows[name].found == rows[name].fused == rows[name].called > 0
+            or rows[name].runtime_fallbacks
+        )
     ]
 
 
