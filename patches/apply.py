@@ -237,10 +237,11 @@ class _Applier:
         fp8: bool,
         checkpointing: str,
         budget_bytes: float | None,
+        host_limit_bytes: float | None,
         graphs: bool,
     ) -> None:
         self.model, self.enabled, self.fp8, self.graphs = model, enabled, fp8, graphs
-        self.checkpointing = Checkpointing(checkpointing, budget_bytes)
+        self.checkpointing = Checkpointing(checkpointing, budget_bytes, host_limit_bytes)
         self.groups: list[Group] = []
         self.structures, self.formats, self.backend = structures, formats, backend
         self.finder = DocumentFinder()
@@ -543,10 +544,14 @@ class _Applier:
         """What was asked of memory and has no effect here, and why."""
         chosen = self.checkpointing
         device = next((p.device.type for p in self.model.parameters()), "cpu")
-        if chosen.budget_bytes is not None and not chosen.layers:
-            yield f"fused_memory_gb has no effect: {_NOT_WHOLE}"
-        elif chosen.budget_bytes is not None and device != "cuda":
-            yield f"fused_memory_gb has no effect: it is a GPU's, and the model is on the {device}"
+        for flag, value in (
+            ("fused_memory_gb", chosen.budget_bytes),
+            ("fused_host_gb", chosen.host_limit_bytes),
+        ):
+            if value is not None and not chosen.layers:
+                yield f"{flag} has no effect: {_NOT_WHOLE}"
+            elif value is not None and device != "cuda":
+                yield f"{flag} has no effect: it is for a GPU, and the model is on the {device}"
         if chosen.mode == OFFLOAD and chosen.layers and device != "cuda":
             yield f"fused_checkpointing: offload is selective here: the model is on the {device}"
 
@@ -890,6 +895,7 @@ def apply(
     fp8: bool = False,
     checkpointing: str = AUTO,
     budget_bytes: float | None = None,
+    host_limit_bytes: float | None = None,
     graphs: bool = False,
 ) -> FusedModel:
     """Binds fused forwards on the instances of `model`, each proven first.
@@ -903,6 +909,7 @@ def apply(
         fp8: base GEMMs in FP8 where this GPU can; never by default, for it is coarser than bf16.
         checkpointing: what decoder layers keep for backward, a mode of `checkpointing`.
         budget_bytes: of GPU memory, for `auto`; None: what there is.
+        host_limit_bytes: of the host's, for activations; None: what there is.
         graphs: replay decoder layers as CUDA graphs where batches keep one shape.
 
     Returns:
@@ -910,7 +917,7 @@ def apply(
     """
     applier = _Applier(
         model, enabled, structures, weight_formats, attention, fp8, checkpointing, budget_bytes,
-        graphs,
+        host_limit_bytes, graphs,
     )  # fmt: skip
     try:
         with _random_states(model):

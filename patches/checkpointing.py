@@ -8,9 +8,9 @@
                is no head as well lies there too, and is read from there
     auto       for each layer the fastest of these that the GPU's free memory has room for
 
-Under `offload` and `auto`, some of the layers that would compute gate/up again have it wait on the
-host instead, as many as the link carries beside the GPU's work and the memory has room for
-(`patches.spilling`); under `offload`, where half of the GPU stays free.
+Some of the layers that would compute gate/up again have it wait on the host instead, as many as the
+link carries beside the GPU's work and the memory has room for (`patches.spilling`): of the host's
+free memory at most half, and but for `auto`, which plans, half of the GPU's stays free.
 
 The modes change where numbers come from, not the numbers: what is computed again has the same bits,
 but that the MLP goes through many tokens in tiles, whose GEMMs may round otherwise.
@@ -38,6 +38,7 @@ from lorafuse.patches.spilling import Rates, measured_rates, shares, spilled_lay
 
 __all__ = [
     "AUTO",
+    "EVERY_OTHER",
     "MODES",
     "OFF",
     "OFFLOAD",
@@ -65,8 +66,10 @@ _LOGIT_BYTES = 2**29  # the loss's chunk of logits
 _SCALED_ROWS = 8192  # of the loss's gradient, in fp32 at a time
 _VOCABULARY = 2**18  # where the head's is not known
 _FP32 = 4
-# Of the GPU, what stays free where `offload` takes memory to be faster.
+# Of the GPU and of the host's free memory, what is not taken to be merely faster.
 _ROOM = 0.5
+# Of the layers, so that no two in a row send their gate/up to the host.
+EVERY_OTHER = 0.5
 _UNPINNED = "the host has too little memory that can be pinned (ulimit -l, or a container's limit)"
 
 
@@ -330,8 +333,17 @@ class Batch:
             self.accumulates, spilled,
         )  # fmt: skip
 
-    def spilled(self, modes: Sequence[str], free: float, spill: Spill) -> list[bool]:
-        """Which layers' gate/up go to the host: as many as there is time and memory for."""
+    def spilled(
+        self, modes: Sequence[str], free: float, spill: Spill, most: float = 1.0
+    ) -> list[bool]:
+        """Which layers' gate/up go to the host: as many as there is time and memory for.
+
+        Args:
+            modes: one a layer.
+            free: bytes for all that the step allocates, from the first layer on.
+            spill: what there is of either.
+            most: of the layers; with `EVERY_OTHER` one's is not fetched while another's is there.
+        """
         length = self.length or self.tokens
         last = len(self.layers) - 1
         taken = [
@@ -341,7 +353,7 @@ class Batch:
         # The last layer that computes again is the first to be asked for: its own would be late.
         first = max((i for i, mode in enumerate(modes) if mode != OFF), default=0)
         parts = [
-            part if i < first else 0.0
+            min(part, most) if i < first else 0.0
             for i, part in enumerate(
                 shares(self.layers, taken, self.tokens, length, self.itemsize, spill.rates)
             )
@@ -422,6 +434,7 @@ class Checkpointing:
     Args:
         mode: one of `MODES`, or `AUTO`.
         budget_bytes: `auto` plans as if the GPU had so many; None: all that it has.
+        host_limit_bytes: of the host's memory, for activations; None: what is free.
 
     Attributes:
         modes: of each layer, as last planned.
@@ -430,8 +443,14 @@ class Checkpointing:
         vocabulary: V of the head, which decides how large the loss's logits are.
     """
 
-    def __init__(self, mode: str, budget_bytes: float | None = None) -> None:
+    def __init__(
+        self,
+        mode: str,
+        budget_bytes: float | None = None,
+        host_limit_bytes: float | None = None,
+    ) -> None:
         self.mode, self.budget_bytes = mode, budget_bytes
+        self.host_limit_bytes = host_limit_bytes
         self.layers: list[LayerCheckpointing] = []
         self.modes: list[str] = []
         self.spilled: list[bool] = []
@@ -509,7 +528,7 @@ class Checkpointing:
         self.attention_again = 0
         count = len(self.layers)
         self.spilled = [False] * count
-        if self.mode not in (AUTO, OFFLOAD) or not h.is_cuda:
+        if not h.is_cuda or self.mode == OFF:
             mode = self.mode
             if mode == AUTO:
                 # The memory is the machine's, and not ours to plan: as the trainer has it.
@@ -517,16 +536,20 @@ class Checkpointing:
                 mode = SELECTIVE if on and self.floor == OFF else self.floor
             self.modes = [mode] * count
             return
-        free, batch = self.free_bytes(h.device), self.batch(h)
-        spill = Spill(measured_rates(h.get_device()), self.host_bytes(h.device) * (1 - _MARGIN))
+        free, batch, host = self.free_bytes(h.device), self.batch(h), self.host_bytes(h.device)
+        spill = Spill(
+            measured_rates(h.get_device()),
+            host if self.host_limit_bytes is not None else _ROOM * host,
+        )
         if self.mode == AUTO:
             self.modes, self.spilled = batch.plan(free, self.floor, spill)
             return
-        self.modes = [OFFLOAD] * count
-        self.fit_host(h)
+        self.modes = [self.mode] * count
+        if self.mode == OFFLOAD:
+            self.fit_host(h)
         if not self.attention_again:
             free -= _ROOM * torch.cuda.get_device_properties(h.device).total_memory
-            self.spilled = batch.spilled(self.modes, free, spill)
+            self.spilled = batch.spilled(self.modes, free, spill, EVERY_OTHER)
 
     def batch(self, h: Tensor) -> Batch:
         """The step that `h` [B, S, H], the first layer's input, is the beginning of."""
@@ -537,7 +560,8 @@ class Checkpointing:
 
     def host_bytes(self, device: torch.device) -> float:
         """Memory of the host that tensors may take, what they have of it by now included."""
-        return available_bytes() + self.offloader(device).pool.free_bytes
+        free = (1 - _MARGIN) * (available_bytes() + self.offloader(device).pool.free_bytes)
+        return free if self.host_limit_bytes is None else min(free, self.host_limit_bytes)
 
     def fit_host(self, h: Tensor) -> None:
         """Where the host has no room for all that `offload` keeps, some o is computed again."""
@@ -546,7 +570,7 @@ class Checkpointing:
         free = self.host_bytes(h.device)
         taken = sum(one.sizes.taken(tokens, length, itemsize) for one in self.layers[:-1])
         for layer in self.layers[:-1]:
-            if taken <= free * (1 - _MARGIN):
+            if taken <= free:
                 break
             taken -= tokens * itemsize * layer.sizes.attention
             self.attention_again += 1

@@ -60,9 +60,13 @@ class FuseConfig(BaseModel):
         fused_checkpointing: What decoder layers that are fused whole keep for backward, in place of
             the trainer's own gradient checkpointing. `off` keeps all, `selective` computes again
             what is cheap, `offload` also moves what it keeps to the host, `auto` picks for each
-            layer the fastest of these that the GPU's memory has room for.
+            layer the fastest of these that the GPU's memory has room for. Where the host has room,
+            gate and up of some layers wait there instead of being computed again.
         fused_memory_gb: GPU memory that `auto` may plan for, in GB of 1e9 bytes; without it, all
             that the GPU has.
+        fused_host_gb: The host's memory that activations of this process may take, in GB of 1e9
+            bytes; 0: none. Without it, as much as `offload` needs, and of what is free half for
+            what is merely faster.
         fused_strict: An operation that cannot be fused, or is never called, stops the run.
         fused_plugins: Load third parties' plugins (entry-point group `lorafuse`).
             The environment variable `LORAFUSE_PLUGINS=0` switches them off too.
@@ -87,6 +91,7 @@ class FuseConfig(BaseModel):
     fused_graphs: StrictBool = False
     fused_checkpointing: Literal["off", "selective", "offload", "auto"] = "auto"
     fused_memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
+    fused_host_gb: float | None = Field(default=None, ge=0, allow_inf_nan=False, strict=True)
     fused_strict: StrictBool = False
     fused_plugins: StrictBool = True
     fused_trace: StrictBool = False
@@ -109,6 +114,18 @@ class FuseConfig(BaseModel):
                 f"`fused_checkpointing: {self.fused_checkpointing}`, which plans nothing; use "
                 "`fused_checkpointing: auto`, or drop the line"
             )
+        if self.fused_host_gb is not None:
+            limit = f"`fused_host_gb: {self.fused_host_gb:g}`"
+            if self.fused_checkpointing == "off":
+                raise FuseConfigError(
+                    f"{limit} has no effect with `fused_checkpointing: off`, which keeps all on "
+                    "the GPU; use another mode, or drop the line"
+                )
+            if self.fused_checkpointing == "offload" and not self.fused_host_gb:
+                raise FuseConfigError(
+                    f"{limit} leaves `fused_checkpointing: offload` no memory to offload to; give "
+                    "more, or use selective"
+                )
 
     @model_validator(mode="before")
     @classmethod
@@ -221,6 +238,11 @@ def _explain_one(name: str, value: object) -> str:
         return (
             f"`fused_memory_gb: {_as_yaml(value)}` is not supported; give the GB of GPU memory "
             "that fused_checkpointing: auto may plan for, as in 22.5"
+        )
+    if name == "fused_host_gb":
+        return (
+            f"`fused_host_gb: {_as_yaml(value)}` is not supported; give the GB of the host's "
+            "memory that activations may take, as in 32, or 0 for none"
         )
     if name == "fused_attention":
         return f"`fused_attention: {_as_yaml(value)}` is not supported; use auto, sdpa or off"

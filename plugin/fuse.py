@@ -193,6 +193,7 @@ def _apply(model: nn.Module, config: FuseConfig, plugins: Plugins) -> FusedModel
         fp8=config.fused_fp8,
         checkpointing=config.fused_checkpointing,
         budget_bytes=None if config.fused_memory_gb is None else 1e9 * config.fused_memory_gb,
+        host_limit_bytes=None if config.fused_host_gb is None else 1e9 * config.fused_host_gb,
         graphs=config.fused_graphs,
     )
 

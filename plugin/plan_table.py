@@ -42,9 +42,12 @@ def modes_table(plan: Plan) -> Table:
     found.add_column("fused_checkpointing", no_wrap=True)
     for column in ("peak\nGB", *(part.replace(" ", "\n") for part in PARTS), "host\nGB", "time"):
         found.add_column(column, justify="right", no_wrap=True)
-    rows = [(label(one.mode), one) for one in plan.predictions]
-    if plan.roomy.spilled:
-        rows.insert(-1, ("offload, with room", plan.roomy))
+    roomy = {one.mode: one for one in plan.roomy if one.spilled}
+    rows = []
+    for one in plan.predictions:
+        rows.append((label(one.mode), one))
+        if one.mode in roomy:
+            rows.append((f"{one.mode}, with room", roomy[one.mode]))
     for name, one in rows:
         found.add_row(
             name,
@@ -117,11 +120,13 @@ def lines_below(plan: Plan) -> Iterator[str]:
         tokens > longest for cards in plan.longest.values() for tokens in cards.values()
     ):
         yield f"the model was made for {longest:,} positions: longer rows may fit, but not help"
-    if plan.roomy.spilled:
+    roomy = {one.mode: one.spilled for one in plan.roomy if one.spilled}
+    if roomy:
+        layers = ", ".join(f"{count} under {mode}" for mode, count in roomy.items())
         yield (
-            "offload, with room: where half of the card stays free, gate/up of "
-            f"{plan.roomy.spilled} layers waits on the host instead of being computed again (so "
-            "many on an H100 with PCIe 5: as many as the link carries beside the GPU's work)"
+            "with room: where half of the card and of the host stays free, gate/up of some layers "
+            f"waits on the host instead of being computed again ({layers}; so many on an H100 with "
+            "PCIe 5: as many as the link carries beside the GPU's work)"
         )
     if plan.host_GB is not None:
         yield f"offload: with {plan.host_GB:g} GB of the host's memory to pin"

@@ -10,7 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lorafuse.patches import checkpointing
-from lorafuse.patches.checkpointing import MODES, OFFLOAD, Batch, Decision, LayerSizes, Spill
+from lorafuse.patches.checkpointing import (
+    EVERY_OTHER,
+    MODES,
+    OFFLOAD,
+    SELECTIVE,
+    Batch,
+    Decision,
+    LayerSizes,
+    Spill,
+)
 from lorafuse.patches.spilling import Rates
 from lorafuse.plugin.plan_groups import BF16, Workload, shown
 from lorafuse.plugin.plan_memory import PARTS, STOCK, Memory, Step, gradient_bytes, stock_memory
@@ -101,7 +110,7 @@ class Plan:
     Attributes:
         workload: The step.
         predictions: One for each of `ALL_MODES`, in that order.
-        roomy: `offload` on a card of which half stays free.
+        roomy: `selective` and `offload` on a card and a host that have room.
         auto: By card, and for the budget where there is one.
         longest: By mode and card (GB): tokens of a row that fit with this batch; 0: none do.
         host_GB: The host's memory that `longest` respects, or None.
@@ -110,7 +119,7 @@ class Plan:
 
     workload: Workload
     predictions: tuple[Prediction, ...]
-    roomy: Prediction
+    roomy: tuple[Prediction, ...]
     auto: tuple[Auto, ...]
     longest: dict[str, dict[int, int]]
     host_GB: float | None = None
@@ -133,7 +142,7 @@ class Plan:
             "targets": shown(workload.targets),
             **settings,
             "modes": [asdict(one) for one in self.predictions],
-            "offload_with_room": asdict(self.roomy),
+            "with_room": [asdict(one) for one in self.roomy],
             "auto": [asdict(one) for one in self.auto],
             "usable_bytes": {str(card): usable_bytes(card) for card in CARDS},
             "longest_tokens": {
@@ -245,17 +254,16 @@ def _auto(workload: Workload, size_GB: float, is_budget: bool, host_bytes: float
     )  # fmt: skip
 
 
-def roomy_offload(workload: Workload, host_bytes: float) -> Prediction:
-    """`offload` where memory is free: some layers' gate/up waits on the host as well."""
-    modes = [OFFLOAD] * len(workload.model.layers)
-    host = host_bytes - Step(workload, OFFLOAD).embeddings_on_host()
-    spilled = batch_of(workload).spilled(modes, float("inf"), spill_of(host))
-    memory = predict(workload, OFFLOAD, spilled)
+def with_room(workload: Workload, mode: str, host_bytes: float) -> Prediction:
+    """A mode where memory is free: gate/up of some layers waits on the host."""
+    modes = [mode] * len(workload.model.layers)
+    host = host_bytes - Step(workload, mode).embeddings_on_host()
+    spilled = batch_of(workload).spilled(modes, float("inf"), spill_of(host), EVERY_OTHER)
+    memory = predict(workload, mode, spilled)
     time = step_seconds(workload, modes, spilled) / step_seconds(workload, MODES[0])
     return Prediction(
-        OFFLOAD, memory.peak_bytes, memory.parts, memory.moment, memory.host_bytes, time,
-        sum(spilled),
-    )  # fmt: skip
+        mode, memory.peak_bytes, memory.parts, memory.moment, memory.host_bytes, time, sum(spilled)
+    )
 
 
 def longest_tokens(
@@ -349,5 +357,5 @@ def plan(
     auto = [_auto(workload, card, False, host_bytes) for card in cards]
     if memory_GB is not None:
         auto.append(_auto(workload, memory_GB, True, host_bytes))
-    roomy = roomy_offload(workload, host_bytes)
+    roomy = tuple(with_room(workload, mode, host_bytes) for mode in (SELECTIVE, OFFLOAD))
     return Plan(workload, tuple(predictions), roomy, tuple(auto), longest, host_GB, tuple(notes))

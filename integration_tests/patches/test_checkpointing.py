@@ -344,7 +344,8 @@ def test_flags_that_can_do_nothing_say_so(make_peft, step, device) -> None:
     on_cpu = device.type == "cpu"
     for flags, said in (
         ({"checkpointing": OFFLOAD}, "offload is selective here: the model is on the cpu"),
-        ({"budget_bytes": 1e9}, "fused_memory_gb has no effect: it is a GPU's"),
+        ({"budget_bytes": 1e9}, "fused_memory_gb has no effect: it is for a GPU"),
+        ({"host_limit_bytes": 1e9}, "fused_host_gb has no effect: it is for a GPU"),
     ):
         fused = apply(model, ALL, **flags)
         assert any(said in note for note in fused.notes) == on_cpu

@@ -5,9 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lorafuse.patches import checkpointing, recomputation
+from lorafuse.patches.apply import OPERATIONS, apply
 from lorafuse.patches.checkpointing import OFF, OFFLOAD, SELECTIVE, Batch, LayerSizes, Spill
 from lorafuse.patches.spilling import Rates, evenly, measured_rates, shares, spilled_layers
 
+ALL = dict.fromkeys(OPERATIONS, True)
 LLAMA_8B = [LayerSizes(4096, 6144, 4096, 28672, gradients=10 * 2**20)] * 32
 RATES = Rates(flops=750e12, to_host=55e9)  # of an H100 on PCIe 5
 TOKENS = 8192
@@ -50,7 +53,7 @@ def test_fewer_go_where_memory_is_short() -> None:
         asked.append(sum(chosen))
         return sum(chosen) <= 5
 
-    assert sum(spilled_layers([0.5] * 20, fits)) == 5 and asked == [10, 5]
+    assert sum(spilled_layers([0.5] * 20, fits)) == 5 and asked == [10, 7, 5]
     assert spilled_layers([0.5] * 20, lambda chosen: False) == [False] * 20
     assert spilled_layers([0.0] * 20, fits) == [False] * 20
 
@@ -95,3 +98,25 @@ def test_rates_of_this_gpu() -> None:
     assert 1e12 < rates.flops < 1e16 and 1e9 < rates.to_host < 1e12
     assert torch.equal(state, torch.cuda.get_rng_state())
     assert measured_rates(0) is rates
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD])
+def test_on_a_gpu_gate_up_waits_where_there_is_room(mode, make_peft, step, monkeypatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    monkeypatch.setattr(recomputation, "SMALL_BYTES", 1)
+    # A link that carries everything, beside a GPU that takes its time.
+    monkeypatch.setattr(checkpointing, "measured_rates", lambda index: Rates(1.0, 1e9))
+    model = make_peft("qwen3", torch.bfloat16)
+    fused = apply(model, ALL, checkpointing=OFF)
+    off = step(model)
+    fused.unfuse()
+    for limit, spills in ((None, True), (1e9, True), (1e3, False)):
+        fused = apply(model, ALL, checkpointing=mode, host_limit_bytes=limit)
+        for _ in range(2):
+            ours = step(model)
+            assert set(ours) == set(off)
+            assert all(torch.equal(ours[name], off[name]) for name in off)
+        assert [layer.spills for layer in fused.checkpointing.layers] == [spills, False]
+        fused.unfuse()

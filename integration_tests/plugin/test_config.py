@@ -99,6 +99,8 @@ def test_a_yaml_that_asks_for_nothing(settings: dict[str, Any]) -> None:
         ({"fused_memory_gb": 0, "fused": True}, "give the GB of GPU memory"),
         ({"fused_memory_gb": "24GB", "fused": True}, "give the GB of GPU memory"),
         ({"fused_memory_gb": True, "fused": True}, "give the GB of GPU memory"),
+        ({"fused_host_gb": -1, "fused": True}, "give the GB of the host's memory"),
+        ({"fused_host_gb": "32GB", "fused": True}, "give the GB of the host's memory"),
     ],
 )
 def test_wrong_yaml_flags(settings: dict[str, Any], message: str) -> None:
@@ -117,6 +119,13 @@ def test_modes_of_checkpointing(mode: str) -> None:
 
 
 def test_memory_is_for_auto() -> None:
+    assert FuseConfig(fused_host_gb=0).fused_host_gb == 0
+    for flags, said in (
+        ({"fused_checkpointing": "off", "fused_host_gb": 4}, "has no effect"),
+        ({"fused_checkpointing": "offload", "fused_host_gb": 0}, "no memory to offload to"),
+    ):
+        with pytest.raises(FuseConfigError, match=said):
+            FuseConfig(**flags)
     assert FuseConfig(fused_memory_gb=22).fused_memory_gb == 22
     config = FuseConfig.from_yaml({"fused": True, "fused_memory_gb": 14.5})
     assert config is not None and config.fused_memory_gb == 14.5
