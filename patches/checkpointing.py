@@ -317,6 +317,7 @@ class Batch:
         length: tokens of a row; None: T.
         vocabulary: V.
         accumulates: the adapters' gradients are there already.
+        host_limit_bytes: of the host's memory, for what `offload` keeps there.
     """
 
     layers: Sequence[LayerSizes]
@@ -325,6 +326,7 @@ class Batch:
     length: int | None = None
     vocabulary: int = _VOCABULARY
     accumulates: bool = False
+    host_limit_bytes: float = float("inf")
 
     def bytes(self, modes: Sequence[str], spilled: Sequence[bool] = ()) -> int:
         """See `step_bytes`."""
@@ -403,8 +405,18 @@ class Batch:
                 fits = self.bytes([slow] * (count - n) + [fast] * n) <= free
                 low, high = (n, high) if fits else (low, n - 1)
             if low:
-                return [slow] * (count - low) + [fast] * low
-        return [allowed[-1]] * count
+                return self._on_host([slow] * (count - low) + [fast] * low)
+        return self._on_host([allowed[-1]] * count)
+
+    def _on_host(self, modes: list[str]) -> list[str]:
+        """`selective` in place of `offload` where the host may not hold more."""
+        length, taken = self.length or self.tokens, 0
+        for i, one in enumerate(self.layers[:-1]):
+            if modes[i] == OFFLOAD:
+                taken += one.taken(self.tokens, length, self.itemsize)
+                if taken > self.host_limit_bytes:
+                    return [*modes[:i], *(SELECTIVE if m == OFFLOAD else m for m in modes[i:])]
+        return modes
 
 
 def spare_bytes(free: float, total: float, allocated: float, budget: float | None) -> float:
@@ -556,7 +568,10 @@ class Checkpointing:
         rows, length, _ = h.shape
         sizes = [layer.sizes for layer in self.layers]
         accumulates = any(p.grad is not None for p in self.parameters())
-        return Batch(sizes, rows * length, h.dtype.itemsize, length, self.vocabulary, accumulates)
+        limit = float("inf") if self.host_limit_bytes is None else self.host_limit_bytes
+        return Batch(
+            sizes, rows * length, h.dtype.itemsize, length, self.vocabulary, accumulates, limit
+        )
 
     def host_bytes(self, device: torch.device) -> float:
         """Memory of the host that tensors may take, what they have of it by now included."""

@@ -1,5 +1,6 @@
 """How many layers' gate/up goes to the host: what the link carries, what memory has room for."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -87,6 +88,17 @@ def test_auto_computes_less_again_with_the_host_and_fits() -> None:
             assert both.kept_gate_up >= alone.kept_gate_up + 8
     assert both.modes == [OFF] * 32 and not any(both.spilled)
     assert not any(BATCH.plan(12e9, spill=Spill(RATES, 0.0)).spilled)
+
+
+def test_auto_puts_no_more_on_the_host_than_it_may() -> None:
+    taken = LLAMA_8B[0].taken(TOKENS, 4096, 2)
+    assert BATCH.plan(0).modes == [OFFLOAD] * 32
+    for layers in (0, 3, 20):
+        limited = replace(BATCH, host_limit_bytes=(layers + 0.5) * taken)
+        for spill in (None, Spill(RATES, limited.host_limit_bytes)):
+            modes, spilled = limited.plan(0, spill=spill)
+            assert modes == [OFFLOAD] * layers + [SELECTIVE] * (32 - layers)
+            assert not any(spilled)
 
 
 @pytest.mark.gpu
