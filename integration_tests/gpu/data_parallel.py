@@ -79,7 +79,8 @@ def fsdp2(model: Any, **options: Any) -> nn.Module:
     """
     for module in model.modules():
         if hasattr(module.__dict__.get("_parameters", {}).get("weight"), "quant_state"):
-            module.weight.data = module.weight.data.view(torch.bfloat16)
+            packed = module.weight.data.flatten().view(torch.bfloat16)
+            module.weight.data = packed.view(-1, 1)
             module.weight.quant_storage = torch.bfloat16
     for layer in model.get_base_model().model.layers:
         fully_shard(layer, **options)
