@@ -224,7 +224,10 @@ def plan(
     layers: Annotated[int | None, typer.Option(help="Only the model's first layers.")] = None,
     host: Annotated[
         float | None,
-        typer.Option(metavar="GB", help="Of the host's memory, what offload may pin."),
+        typer.Option(
+            metavar="GB",
+            help="Of the host's memory, what may be pinned. Without it: the YAML's fused_host_gb.",
+        ),
     ] = None,
     memory: Annotated[
         float | None,
@@ -243,7 +246,7 @@ def plan(
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from lorafuse.plugin.errors import FuseConfigError
     from lorafuse.plugin.plan_table import auto_table, cards_table, lines_below, modes_table
-    from lorafuse.plugin.plan_target import read_memory_GB, read_target, read_targets
+    from lorafuse.plugin.plan_target import read_GB, read_target, read_targets
     from lorafuse.plugin.planner import plan as predict_all
 
     console = _console()
@@ -268,8 +271,9 @@ def plan(
             "layers": layers,
         }
         workload, notes = read_target(target, options)
-        budget = read_memory_GB(target) if memory is None else memory
-        found = predict_all(workload, host_GB=host, notes=notes, memory_GB=budget)
+        budget = read_GB(target, "fused_memory_gb") if memory is None else memory
+        pinned = read_GB(target, "fused_host_gb") if host is None else host
+        found = predict_all(workload, host_GB=pinned, notes=notes, memory_GB=budget)
     except FuseConfigError as error:
         _fail(error)
     console.print(modes_table(found), soft_wrap=False)

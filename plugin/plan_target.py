@@ -90,10 +90,10 @@ def read_target(target: str, options: Mapping[str, Any]) -> tuple[Workload, list
     return workload, notes
 
 
-def read_memory_GB(target: str) -> float | None:
-    """`fused_memory_gb` of a YAML that `read_target` has read; None: none is set."""
+def read_GB(target: str, flag: str) -> float | None:
+    """`fused_memory_gb` or `fused_host_gb` of a YAML that `read_target` has read; None: not set."""
     path = Path(target)
-    found = read_yaml(path).get("fused_memory_gb") if path.is_file() else None
+    found = read_yaml(path).get(flag) if path.is_file() else None
     return None if found is None else float(found)
 
 

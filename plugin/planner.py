@@ -204,11 +204,12 @@ def layer_sizes(workload: Workload, layer: LayerShape) -> LayerSizes:
     )
 
 
-def batch_of(workload: Workload) -> Batch:
+def batch_of(workload: Workload, host_bytes: float = float("inf")) -> Batch:
     """The step as `auto` sees it."""
     return Batch(
         [layer_sizes(workload, layer) for layer in workload.model.layers],
         workload.rows, BF16, workload.tokens, workload.model.vocabulary, workload.accumulates,
+        host_bytes,
     )  # fmt: skip
 
 
@@ -238,7 +239,7 @@ def auto_decision(
         total - CONTEXT_BYTES - allocated, total, allocated,
         None if budget_GB is None else budget_GB * GB,
     )  # fmt: skip
-    return batch_of(workload).plan(free, spill=spill_of(host_bytes))
+    return batch_of(workload, host_bytes).plan(free, spill=spill_of(host_bytes))
 
 
 def _auto(workload: Workload, size_GB: float, is_budget: bool, host_bytes: float) -> Auto:

@@ -103,6 +103,8 @@ def test_what_auto_chooses(write: Any, tmp_path: Path) -> None:
     yaml_file = write(fused=True, fused_memory_gb=3)
     assert "fused_memory_gb 3 " in invoke(yaml_file).output
     assert "fused_memory_gb 2 " in invoke(yaml_file, "--memory", "2").output
+    limited = " ".join(invoke(write(fused=True, fused_host_gb=3)).output.split())
+    assert "with 3 GB of the host's memory to pin" in limited
 
 
 def test_a_yaml_and_what_comes_before_it(write: Any, model_dir: Path) -> None:
