@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from data_parallel import SIZES, TOKENS, gathered
-from torch.utils.data import Dataset
+from out_of_memory import Tokens
 from transformers import LlamaConfig, Trainer, TrainingArguments, set_seed
 
 from lorafuse import LorafuseCallback, fuse
@@ -38,20 +38,6 @@ STEPS = 4
 LIMITS = {"cuda": (1e-3, 1e-2), "cpu": (1e-5, 1e-4)}
 HOOKED = "a hook on the head has to run"
 CALLED = ("lora_mlp", "lora_qkv", "lora_o", "rms_norm", "rope", "cross_entropy", "checkpointing")
-
-
-class Tokens(Dataset[dict[str, torch.Tensor]]):
-    """Random rows, the same at every run."""
-
-    def __init__(self, rows: int, length: int, words: int) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.rows = torch.randint(0, words, (rows, length), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.rows[i], "labels": self.rows[i]}
 
 
 class FullCallback(LorafuseCallback):
