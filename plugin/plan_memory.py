@@ -109,6 +109,8 @@ class Memory:
         parts: Of the peak: bytes by `PARTS`.
         moment: When that is.
         host_bytes: Pinned memory on the host.
+        host_least_bytes: The same where all layers that offload compute attention again, as the
+            first ones do where the host has no room for its output.
         kept: Bytes that the forward pass leaves for backward, by tensor.
     """
 
@@ -116,6 +118,7 @@ class Memory:
     parts: dict[str, int]
     moment: str
     host_bytes: int
+    host_least_bytes: int = 0
     kept: dict[str, int] = field(default_factory=dict)
 
 
@@ -201,7 +204,7 @@ class Step:
         self.workload = workload
         self.T = workload.rows
         self.ledger = Ledger()
-        self.host_bytes = 0
+        self.host_bytes = self.attention_bytes = 0
         self.kept: dict[str, int] = {}
         self.layers = [(layer, workload.groups(layer)) for layer in workload.model.layers]
         self.on_host: dict[int, dict[str, int]] = {}  # of each layer that `offload` has taken from
@@ -223,7 +226,10 @@ class Step:
             self.backward(i, layer, groups)
         ledger.moment = "optimiser step"
         ledger.brief(0)
-        return Memory(ledger.peak, ledger.peak_sums, ledger.peak_moment, self.host_bytes, self.kept)
+        return Memory(
+            ledger.peak, ledger.peak_sums, ledger.peak_moment, self.host_bytes,
+            self.host_bytes - self.attention_bytes, self.kept,
+        )  # fmt: skip
 
     def begin(self) -> None:
         """What is there when the first layer is called."""
@@ -421,6 +427,7 @@ class Step:
                 ledger.drop(f"{name} {i}")
                 ledger.hold(f"{name} {i} leaving", size, KEPT)
         self.host_bytes += sum(taken.values())
+        self.attention_bytes += taken.get("o", 0)
         self.leaving[-1] = [f"{name} {i} leaving" for name in taken]
 
     def head(self) -> None:

@@ -129,7 +129,10 @@ def lines_below(plan: Plan) -> Iterator[str]:
             "PCIe 5: as many as the link carries beside the GPU's work)"
         )
     if plan.host_GB is not None:
-        yield f"offload: with {plan.host_GB:g} GB of the host's memory to pin"
+        yield (
+            f"offload: with {plan.host_GB:g} GB of the host's memory to pin; where that is too "
+            "little for all that it keeps, layers compute attention again, too"
+        )
     for note in plan.notes:
         yield f"note: {note}"
 
@@ -141,7 +144,7 @@ def label(mode: str) -> str:
 
 def _fits(one: Prediction, plan: Plan, card: int) -> str:
     tokens = plan.longest[one.mode][card]
-    host_fits = plan.host_GB is None or one.host_bytes <= plan.host_GB * GB
+    host_fits = plan.host_GB is None or one.host_least_bytes <= plan.host_GB * GB
     fits = one.peak_bytes <= usable_bytes(card) and host_fits
     shown = "–" if not tokens else f"{tokens:,}"
     if tokens >= MOST_TOKENS:

@@ -69,6 +69,7 @@ class Prediction:
         host_bytes: Pinned memory on the host.
         relative_time: Of a step, `off` being 1; None for stock, which is not modelled.
         spilled: Layers whose gate/up waits on the host, as it does where there is room.
+        host_least_bytes: Of the host, where layers that offload compute attention again.
     """
 
     mode: str
@@ -78,6 +79,7 @@ class Prediction:
     host_bytes: int
     relative_time: float | None
     spilled: int = 0
+    host_least_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -279,12 +281,12 @@ def longest_tokens(
         workload: All but its tokens count.
         mode: One of `ALL_MODES`.
         limit_bytes: Of the GPU.
-        host_bytes: Of the host, for what `offload` puts there.
+        host_bytes: Of the host, for what `offload` puts there at least.
     """
 
     def excess(steps: int) -> float:
         memory = predict(replace(workload, tokens=steps * unit), mode)
-        return max(memory.peak_bytes - limit_bytes, memory.host_bytes - host_bytes)
+        return max(memory.peak_bytes - limit_bytes, memory.host_least_bytes - host_bytes)
 
     unit = STEP_TOKENS * -(-2 * workload.documents // STEP_TOKENS)
     return unit * _last_below_zero(excess, MOST_TOKENS // unit)
@@ -345,7 +347,7 @@ def plan(
         predictions.append(
             Prediction(
                 mode, memory.peak_bytes, memory.parts, memory.moment, memory.host_bytes,
-                times.get(mode),
+                times.get(mode), 0, memory.host_least_bytes,
             )
         )  # fmt: skip
     host_bytes = float("inf") if host_GB is None else host_GB * GB

@@ -477,8 +477,19 @@ def test_the_host_limits_offload_alone(shapes: Any) -> None:
     plans = [plan(w, cards=(80,), host_GB=host_GB) for host_GB in (None, 64)]
     free, bound = (one.longest for one in plans)
     assert bound["offload"][80] < free["offload"][80]
-    assert predict(replace(w, tokens=bound["offload"][80]), "offload").host_bytes <= 64e9
+    memory = predict(replace(w, tokens=bound["offload"][80]), "offload")
+    # Attention's output, 8 of the 16 kB a token and layer, is computed again where it has no room.
+    assert memory.host_least_bytes <= 64e9 < memory.host_bytes
+    o = 31 * bound["offload"][80] * 4096 * 2
+    assert memory.host_bytes - memory.host_least_bytes == o
     assert bound["selective"] == free["selective"]
+    assert predict(w, "selective").host_least_bytes == 0
+
+
+def test_a_row_of_350016_tokens_fits_a_host_of_131_gb(shapes: Any) -> None:
+    """As it did (`PLAN_ERRORS.md`)."""
+    w = Workload(shapes("llama-3.1-8b"), 4096, 1)
+    assert longest_tokens(w, "offload", usable_bytes(80), 131e9) >= 350_016
 
 
 def test_what_is_usable_is_less_than_the_card() -> None:
