@@ -549,17 +549,19 @@ class Checkpointing:
             self.modes = [mode] * count
             return
         free, batch, host = self.free_bytes(h.device), self.batch(h), self.host_bytes(h.device)
-        spill = Spill(
-            measured_rates(h.get_device()),
-            host if self.host_limit_bytes is not None else _ROOM * host,
-        )
+        spill = None
+        if not torch.compiler.is_compiling():  # which could not follow what is timed
+            spill = Spill(
+                measured_rates(h.get_device()),
+                host if self.host_limit_bytes is not None else _ROOM * host,
+            )
         if self.mode == AUTO:
             self.modes, self.spilled = batch.plan(free, self.floor, spill)
             return
         self.modes = [self.mode] * count
         if self.mode == OFFLOAD:
             self.fit_host(h)
-        if not self.attention_again:
+        if spill is not None and not self.attention_again:
             free -= _ROOM * torch.cuda.get_device_properties(h.device).total_memory
             self.spilled = batch.spilled(self.modes, free, spill, EVERY_OTHER)
 
