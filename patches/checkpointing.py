@@ -19,11 +19,11 @@ It stands in for the trainer's own gradient checkpointing on the layers that are
 puts it back with `undo`. Other layers, and calls that go the stock way, keep the trainer's.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,6 @@ __all__ = [
     "LayerSizes",
     "Spill",
     "spare_bytes",
-    "step_bytes",
 ]
 
 OPERATION = "checkpointing"
@@ -225,58 +224,6 @@ class LayerSizes:
         return rows + size + max(2 * size + logits, 2 * size + scaled, 3 * size)
 
 
-def step_bytes(
-    layers: Sequence[LayerSizes],
-    modes: Sequence[str],
-    tokens: int,
-    itemsize: int,
-    length: int | None = None,
-    vocabulary: int = _VOCABULARY,
-    accumulates: bool = False,
-    spilled: Sequence[bool] = (),
-) -> int:
-    """What a step allocates from the first layer on.
-
-    Args:
-        layers: in the order of the forward pass.
-        modes: one a layer.
-        tokens: T.
-        itemsize: bytes of an element.
-        length: tokens of a row; None: T.
-        vocabulary: V.
-        accumulates: the adapters' gradients are there already.
-        spilled: whether gate/up of a layer goes to the host, one a layer; empty: of none.
-    """
-    length = tokens if length is None else length
-    last = len(layers) - 1
-    gradients = 0 if accumulates else sum(one.gradients for one in layers)
-    most = kept = before = 0
-    taken = [0] * WINDOW  # by the layers so far
-    backward = []
-    for i, (one, mode) in enumerate(zip(layers, modes, strict=True)):
-        spills = bool(spilled) and spilled[i]
-        kept += one.kept(mode, tokens, length, itemsize)
-        own = one.taken(tokens, length, itemsize) if mode == OFFLOAD else 0
-        if i == last:  # whose tensors stay, whatever its mode
-            kept, own = kept + own, 0
-        elif spills:
-            own += one.gate_up_bytes(tokens, itemsize)
-        taken.append(own)
-        working = one.working(mode, tokens, itemsize, spills)
-        # The embedding's output is a local variable of the model's forward, too.
-        h = tokens * itemsize * one.hidden if i >= WINDOW and modes[0] == OFFLOAD else 0
-        most = max(most, kept + h + sum(taken[-WINDOW:]) + working[0])
-        # The layer's own are fetched, and those of the layer before.
-        backward.append(kept + before + own + working[1] + gradients)
-        before = own
-        gradients -= 0 if accumulates else one.gradients
-    leaving = sum(taken[-WINDOW:])  # on the GPU until backward fetches the first one back
-    reach = max((i for i, own in enumerate(taken[WINDOW:]) if own), default=last)
-    head = kept + layers[-1].head(tokens, vocabulary, itemsize)
-    before_fetching = [*backward[reach + 2 :], head]
-    return max(most, leaving + max(before_fetching), *backward)
-
-
 class Spill(NamedTuple):
     """How gate/up may wait on the host.
 
@@ -328,12 +275,54 @@ class Batch:
     accumulates: bool = False
     host_limit_bytes: float = float("inf")
 
+    @property
+    def row(self) -> int:
+        """Tokens of a row."""
+        return self.length or self.tokens
+
+    def taken(self, modes: Sequence[str]) -> list[int]:
+        """Bytes of each layer that `offload` takes to the host: none of the last one's."""
+        last = len(self.layers) - 1
+        return [
+            one.taken(self.tokens, self.row, self.itemsize) if mode == OFFLOAD and i < last else 0
+            for i, (one, mode) in enumerate(zip(self.layers, modes, strict=True))
+        ]
+
     def bytes(self, modes: Sequence[str], spilled: Sequence[bool] = ()) -> int:
-        """See `step_bytes`."""
-        return step_bytes(
-            self.layers, modes, self.tokens, self.itemsize, self.length, self.vocabulary,
-            self.accumulates, spilled,
-        )  # fmt: skip
+        """What a step allocates from the first layer on.
+
+        Args:
+            modes: one a layer.
+            spilled: whether gate/up of a layer goes to the host, one a layer; empty: of none.
+        """
+        layers, tokens, itemsize = self.layers, self.tokens, self.itemsize
+        length = self.row
+        last = len(layers) - 1
+        gradients = 0 if self.accumulates else sum(one.gradients for one in layers)
+        most = kept = before = 0
+        taken = [0] * WINDOW  # by the layers so far
+        backward = []
+        for i, (one, mode, own) in enumerate(zip(layers, modes, self.taken(modes), strict=True)):
+            spills = bool(spilled) and spilled[i]
+            kept += one.kept(mode, tokens, length, itemsize)
+            if i == last and mode == OFFLOAD:  # whose tensors stay
+                kept += one.taken(tokens, length, itemsize)
+            elif spills:
+                own += one.gate_up_bytes(tokens, itemsize)
+            taken.append(own)
+            working = one.working(mode, tokens, itemsize, spills)
+            # The embedding's output is a local variable of the model's forward, too.
+            h = tokens * itemsize * one.hidden if i >= WINDOW and modes[0] == OFFLOAD else 0
+            most = max(most, kept + h + sum(taken[-WINDOW:]) + working[0])
+            # The layer's own are fetched, and those of the layer before.
+            backward.append(kept + before + own + working[1] + gradients)
+            before = own
+            gradients -= 0 if self.accumulates else one.gradients
+        leaving = sum(taken[-WINDOW:])  # on the GPU until backward fetches the first one back
+        reach = max((i for i, own in enumerate(taken[WINDOW:]) if own), default=last)
+        head = kept + layers[-1].head(tokens, self.vocabulary, itemsize)
+        before_fetching = [*backward[reach + 2 :], head]
+        return max(most, leaving + max(before_fetching), *backward)
 
     def spilled(
         self, modes: Sequence[str], free: float, spill: Spill, most: float = 1.0
@@ -346,18 +335,13 @@ class Batch:
             spill: what there is of either.
             most: of the layers; with `EVERY_OTHER` one's is not fetched while another's is there.
         """
-        length = self.length or self.tokens
-        last = len(self.layers) - 1
-        taken = [
-            one.taken(self.tokens, length, self.itemsize) if mode == OFFLOAD and i < last else 0
-            for i, (one, mode) in enumerate(zip(self.layers, modes, strict=True))
-        ]
+        taken = self.taken(modes)
         # The last layer that computes again is the first to be asked for: its own would be late.
         first = max((i for i, mode in enumerate(modes) if mode != OFF), default=0)
         parts = [
             min(part, most) if i < first else 0.0
             for i, part in enumerate(
-                shares(self.layers, taken, self.tokens, length, self.itemsize, spill.rates)
+                shares(self.layers, taken, self.tokens, self.row, self.itemsize, spill.rates)
             )
         ]
         sizes = [one.gate_up_bytes(self.tokens, self.itemsize) for one in self.layers]
@@ -397,7 +381,7 @@ class Batch:
 
     def _modes(self, free: float, floor: str) -> list[str]:
         allowed, count = MODES[MODES.index(floor) :], len(self.layers)
-        for fast, slow in pairwise(allowed):
+        for fast, slow in itertools.pairwise(allowed):
             # More layers in the faster mode take more: the most that fit are searched by halves.
             low, high = 0, count
             while low < high:
@@ -410,13 +394,11 @@ class Batch:
 
     def _on_host(self, modes: list[str]) -> list[str]:
         """`selective` in place of `offload` where the host may not hold more."""
-        length, taken = self.length or self.tokens, 0
-        for i, one in enumerate(self.layers[:-1]):
-            if modes[i] == OFFLOAD:
-                taken += one.taken(self.tokens, length, self.itemsize)
-                if taken > self.host_limit_bytes:
-                    return [*modes[:i], *(SELECTIVE if m == OFFLOAD else m for m in modes[i:])]
-        return modes
+        held = itertools.accumulate(self.taken(modes))
+        return [
+            SELECTIVE if mode == OFFLOAD and so_far > self.host_limit_bytes else mode
+            for mode, so_far in zip(modes, held, strict=True)
+        ]
 
 
 def spare_bytes(free: float, total: float, allocated: float, budget: float | None) -> float:
@@ -548,22 +530,26 @@ class Checkpointing:
                 mode = SELECTIVE if on and self.floor == OFF else self.floor
             self.modes = [mode] * count
             return
-        free, batch, host = self.free_bytes(h.device), self.batch(h), self.host_bytes(h.device)
-        spill = None
-        if not torch.compiler.is_compiling():  # which could not follow what is timed
-            spill = Spill(
-                measured_rates(h.get_device()),
-                host if self.host_limit_bytes is not None else _ROOM * host,
-            )
+        free, batch = self.free_bytes(h.device), self.batch(h)
         if self.mode == AUTO:
-            self.modes, self.spilled = batch.plan(free, self.floor, spill)
+            self.modes, self.spilled = batch.plan(free, self.floor)
+            if self.modes != [OFF] * count and (spill := self.spill(h.device)) is not None:
+                self.modes, self.spilled = batch.plan(free, self.floor, spill)
             return
         self.modes = [self.mode] * count
         if self.mode == OFFLOAD:
-            self.fit_host(h)
-        if spill is not None and not self.attention_again:
+            self.fit_host(batch, h.device)
+        if not self.attention_again and (spill := self.spill(h.device)) is not None:
             free -= _ROOM * torch.cuda.get_device_properties(h.device).total_memory
             self.spilled = batch.spilled(self.modes, free, spill, EVERY_OTHER)
+
+    def spill(self, device: torch.device) -> Spill | None:
+        """What gate/up may use of the host; None: nothing."""
+        if torch.compiler.is_compiling():  # which could not follow what is timed
+            return None
+        host = self.host_bytes(device)
+        limited = self.host_limit_bytes is not None
+        return Spill(measured_rates(device.index or 0), host if limited else _ROOM * host)
 
     def batch(self, h: Tensor) -> Batch:
         """The step that `h` [B, S, H], the first layer's input, is the beginning of."""
@@ -580,16 +566,13 @@ class Checkpointing:
         free = (1 - _MARGIN) * (available_bytes() + self.offloader(device).pool.free_bytes)
         return free if self.host_limit_bytes is None else min(free, self.host_limit_bytes)
 
-    def fit_host(self, h: Tensor) -> None:
+    def fit_host(self, batch: Batch, device: torch.device) -> None:
         """Where the host has no room for all that `offload` keeps, some o is computed again."""
-        batch, length, _ = h.shape
-        tokens, itemsize = batch * length, h.dtype.itemsize
-        free = self.host_bytes(h.device)
-        taken = sum(one.sizes.taken(tokens, length, itemsize) for one in self.layers[:-1])
+        free, taken = self.host_bytes(device), sum(batch.taken(self.modes))
         for layer in self.layers[:-1]:
             if taken <= free:
                 break
-            taken -= tokens * itemsize * layer.sizes.attention
+            taken -= batch.tokens * batch.itemsize * layer.sizes.attention
             self.attention_again += 1
 
     def free_bytes(self, device: torch.device) -> float:

@@ -35,9 +35,11 @@ _SCALES = (1.0, 0.75, 0.5, 0.25, 0.1)
 
 
 class Rates(NamedTuple):
-    """Attributes:
-    flops: of a large 16-bit product, a second.
-    to_host: bytes a second; 0 where the host's memory cannot be pinned.
+    """What a GPU and its link to the host do in a second.
+
+    Attributes:
+        flops: of a large 16-bit product.
+        to_host: bytes; 0 where the host's memory cannot be pinned.
     """
 
     flops: float

@@ -9,14 +9,13 @@ beside them, and how long neither ran within the step. `--trace FOLDER` keeps th
 chrome://tracing or Perfetto; `--read` takes one of them, and `--plot` draws it.
 """
 
-import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from step_times import Timer
+from step_times import Timer, model_arguments
 from torch.profiler import ProfilerActivity, profile
 
 from lorafuse.plugin.bench_worker import Training
@@ -118,13 +117,8 @@ def traced(training: Training, path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="llama-3.1-8b")
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--quant", default="nf4")
-    parser.add_argument("--rank", type=int, default=32)
+    parser = model_arguments(__doc__)
     parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 16384])
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--trace", type=Path, default=Path("."), help="folder for the traces")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--read", type=Path, help="a trace: no step is run")

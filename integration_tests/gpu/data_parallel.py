@@ -6,6 +6,7 @@ whole gradient and the adapters are those of all ranks together.
 
 import argparse
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -111,6 +112,14 @@ def fsdp1(model: nn.Module) -> nn.Module:
 def fsdp2_mixed(model: nn.Module) -> nn.Module:
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return fsdp2(model, mp_policy=mixed)
+
+
+def leave(problems: list[str]) -> None:
+    """The end of a rank, with an error where there are problems."""
+    dist.barrier()
+    dist.destroy_process_group()
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {

@@ -105,15 +105,21 @@ class Timer:
             report.unfuse()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def model_arguments(description: str | None) -> argparse.ArgumentParser:
+    """What a `Timer` is made of, but for the tokens and the steps."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--quant", default="nf4")
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--device", default="cuda")
+    return parser
+
+
+def main() -> None:
+    parser = model_arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--long", type=int, nargs="*", default=[16384])
     parser.add_argument("--auto", type=float, nargs="*", default=[12.5, 14.5, 22.5], help="GB")
     parser.add_argument("--only-modes", action="store_true", help="of fused_checkpointing")

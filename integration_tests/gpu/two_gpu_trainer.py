@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from data_parallel import SIZES, TOKENS, gathered
+from data_parallel import SIZES, TOKENS, gathered, leave
 from out_of_memory import Tokens
 from transformers import LlamaConfig, Trainer, TrainingArguments, set_seed
 
@@ -159,10 +159,7 @@ def main() -> None:
         if args.json:
             with open(args.json, "w", encoding="utf-8") as file:
                 json.dump(result | {"problems": problems, "args": vars(args)}, file, indent=1)
-    dist.barrier()
-    dist.destroy_process_group()
-    if problems:
-        sys.exit("\n".join(problems))
+    leave(problems)
 
 
 if __name__ == "__main__":

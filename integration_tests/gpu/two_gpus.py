@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import os
-import sys
 import warnings
 from dataclasses import asdict
 from datetime import timedelta
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from data_parallel import TOKENS, Case, Run, Trainer, gathered, mode_of
+from data_parallel import TOKENS, Case, Run, Trainer, gathered, leave, mode_of
 from torch import Tensor
 
 MODES = ("off", "selective", "offload", "auto", "off | offload")
@@ -188,10 +187,7 @@ def main() -> None:
                 what = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
                 found = {"gpu": what, "torch": torch.__version__, "args": vars(args)}
                 json.dump(found | {"cases": results, "problems": problems}, file, indent=1)
-    dist.barrier()
-    dist.destroy_process_group()
-    if problems:
-        sys.exit("\n".join(problems))
+    leave(problems)
 
 
 if __name__ == "__main__":

@@ -150,8 +150,8 @@ def test_how_many_layers_compute_attention_again(make_peft, monkeypatch) -> None
     for free, expected in ((1e12, 0), (8 * taken, 1), (8 * taken - 3 * o, 4), (0, 8)):
         monkeypatch.setattr(checkpointing, "available_bytes", lambda free=free: free)
         monkeypatch.setattr(checkpointing, "_MARGIN", 1e-6)
-        chosen.attention_again = 0
-        chosen.fit_host(h)
+        chosen.attention_again, chosen.modes = 0, [OFFLOAD] * 9
+        chosen.fit_host(chosen.batch(h), h.device)
         assert chosen.attention_again == expected
 
 

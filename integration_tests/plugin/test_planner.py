@@ -14,6 +14,7 @@ from lorafuse import FuseConfig, fuse
 from lorafuse.kernels import adam_8bit, linear_cross_entropy
 from lorafuse.kernels.lora_linear import Group, LoraProjection, fold_alignment
 from lorafuse.patches import checkpointing
+from lorafuse.patches.checkpointing import Batch
 from lorafuse.plugin import plan_memory
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.bench_model import base_model
@@ -367,9 +368,8 @@ def test_autos_estimate_is_a_little_above_the_walk(shapes: Any, name: str) -> No
             step = Step(w, modes)
             step.begin()
             begun = step.ledger.total
-            estimate = begun + checkpointing.step_bytes(
-                sizes, modes, w.rows, 2, tokens, shape.vocabulary, w.accumulates
-            )
+            batch = Batch(sizes, w.rows, 2, tokens, shape.vocabulary, w.accumulates)
+            estimate = begun + batch.bytes(modes)
             peak = Step(w, modes).run().peak_bytes
             assert 1 <= estimate / peak < 1.10, (w.tokens, w.batch, quant, rank, modes)
 
@@ -387,9 +387,8 @@ def test_so_it_is_where_gate_up_waits_on_the_host(shapes: Any, name: str, every:
             spilled = [i % every == 0 and i < first for i in range(count)]
             step = Step(w, modes)
             step.begin()
-            estimate = step.ledger.total + checkpointing.step_bytes(
-                sizes, modes, w.rows, 2, tokens, shape.vocabulary, False, spilled
-            )
+            batch = Batch(sizes, w.rows, 2, tokens, shape.vocabulary)
+            estimate = step.ledger.total + batch.bytes(modes, spilled)
             peak = Step(w, modes, spilled).run().peak_bytes
             assert 1 <= estimate / peak < 1.25, (w.tokens, w.batch, modes)
 
