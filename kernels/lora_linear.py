@@ -68,6 +68,9 @@ class LoraProjection(NamedTuple):
         dropout: probability of LoRA dropout, 0 when not training.
         fp8: compute the base GEMMs in FP8 where `fp8_linear.why_not` has nothing against it, for
             this projection and for the others of its group; else in the compute dtype.
+        room: [>= N + F, >= K + F'] in the weights' dtype, where the weights of the whole group lie
+            in its upper left, one below the other; what is beside and below them is overwritten
+            with LoRA in each pass, so that W need not be copied to be folded.
     """
 
     weight: Weight
@@ -77,6 +80,7 @@ class LoraProjection(NamedTuple):
     scale: float = 1.0
     dropout: float = 0.0
     fp8: bool = False
+    room: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -246,12 +250,27 @@ class Group:
         self.bias_column = self.rank
         self.has_lora = self.rank > 0
         self.has_dropout = any([p.dropout > 0 and p.A is not None for p in ps])
-        # False when W is written afresh anyway: dequantised, or cast to the compute dtype.
-        self.copies_weight = all([isinstance(w, Tensor) and w.dtype == dtype for w in self.weights])
+        self._room = self._usable_room()
+        # False when W lies where it can be folded, or is written afresh anyway: dequantised, or
+        # cast to the compute dtype.
+        self.copies_weight = self._room is None and all(
+            [isinstance(w, Tensor) and w.dtype == dtype for w in self.weights]
+        )
         self._keeps = False
         self._kept: Tensor | None = None
         self._asks_fp8 = all([p.fp8 for p in ps])
         self._fp8: dict[int, bool] = {}  # of a number of rows; a pass asks up to four times
+
+    def _usable_room(self) -> Tensor | None:
+        room = self.projections[0].room
+        if room is None or room.dtype != self.dtype:
+            return None
+        height = self.out_features + self.fold_backward
+        width = self.in_features + self.fold_forward
+        fits = room.shape[0] >= height and room.shape[1] >= width
+        if not fits or any([p.room is not room for p in self.projections]):
+            return None
+        return room[:height, :width]
 
     def uses_fp8(self, rows: int) -> bool:
         """Whether the base GEMMs run in FP8, with buffers of their own for what is folded in."""
@@ -331,8 +350,11 @@ class Group:
             if A_out is not None:
                 self.write_adapters("A", A_out, None)
             return self._kept_weights(like)[: self.out_features]
-        out = like.new_empty((self.out_features, K + self.fold_forward))
-        self.write_weights(out[:, :K])
+        if self._room is not None:
+            out = self._room[: self.out_features]
+        else:
+            out = like.new_empty((self.out_features, K + self.fold_forward))
+            self.write_weights(out[:, :K])
         self.write_adapters("A", A_out, out[:, K:], bias=True)
         return out
 
@@ -346,8 +368,11 @@ class Group:
             if B_out is not None:
                 self.write_adapters("B", None, B_out)
             return self._kept_weights(like)[:, :K]
-        out = like.new_empty((N + self.fold_backward, K))
-        self.write_weights(out[:N])
+        if self._room is not None:
+            out = self._room[:, :K]
+        else:
+            out = like.new_empty((N + self.fold_backward, K))
+            self.write_weights(out[:N])
         self.write_adapters("B", out[N:], B_out)
         return out
 
@@ -355,8 +380,10 @@ class Group:
         """[[W, B, b], [A, -]]: both of the above are views of it."""
         if self._kept is None:
             N, K = self.out_features, self.in_features
-            out = like.new_empty((N + self.fold_backward, K + self.fold_forward))
-            self.write_weights(out[:N, :K])
+            out = self._room
+            if out is None:
+                out = like.new_empty((N + self.fold_backward, K + self.fold_forward))
+                self.write_weights(out[:N, :K])
             self.write_adapters(None, out[N:, :K], out[:N, K:], bias=True)
             self._kept = out
         return self._kept
@@ -677,6 +704,7 @@ def with_tensors(
             p.scale,
             p.dropout,
             p.fp8,
+            p.room,
         )
         for i, p in enumerate(projections)
     )
@@ -685,7 +713,8 @@ def with_tensors(
 def without_tensors(projections: Sequence[LoraProjection]) -> tuple[LoraProjection, ...]:
     """The projections' constants only: what a context may keep without keeping graph tensors."""
     return tuple(
-        LoraProjection(p.weight, scale=p.scale, dropout=p.dropout, fp8=p.fp8) for p in projections
+        LoraProjection(p.weight, scale=p.scale, dropout=p.dropout, fp8=p.fp8, room=p.room)
+        for p in projections
     )
 
 

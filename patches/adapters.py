@@ -6,7 +6,7 @@ and other variants, mixed batches and adapters of other kinds are not.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class LinearReader:
         fp8: compute the base GEMMs in FP8 where that is possible.
         fp8_calls: how often it was.
         fp8_fallbacks: reason -> how often it was not, although `fp8` is set.
+        room: for an input, the buffer that the weight lies in (`weight_room`), or None.
 
     Raises:
         Unsupported: the layer is of a kind that cannot be fused.
@@ -62,6 +63,7 @@ class LinearReader:
         self.fp8 = False
         self.fp8_calls = 0
         self.fp8_fallbacks: Counter[str] = Counter()
+        self.room: Callable[[Tensor], Tensor | None] | None = None
 
     @property
     def in_features(self) -> int:
@@ -102,9 +104,10 @@ class LinearReader:
         weight = self.weight.read()
         bias = getattr(self.base, "bias", None)
         fp8 = self.fp8 and self._uses_fp8(x)
+        room = None if self.room is None else self.room(x)
         active = self._active()
         if not active:
-            return LoraProjection(weight, bias, fp8=fp8)
+            return LoraProjection(weight, bias, fp8=fp8, room=room)
         lora: Any = self.lora
         # Through the dicts: `lora.lora_A` is a search by nn.Module, for each layer of each forward.
         downs, ups = lora._modules["lora_A"]._modules, lora._modules["lora_B"]._modules
@@ -129,10 +132,11 @@ class LinearReader:
                 extra = extra * scale
                 bias = extra if bias is None else bias + extra
         if len(active) == 1:
-            return LoraProjection(weight, bias, A[0], B[0], scales[0], dropout, fp8)
+            return LoraProjection(weight, bias, A[0], B[0], scales[0], dropout, fp8, room)
         # s_1 B_1 A_1 + s_2 B_2 A_2 = [s_1 B_1 | s_2 B_2] [A_1; A_2]
         scaled = [b * s for b, s in zip(B, scales, strict=True)]
-        return LoraProjection(weight, bias, torch.cat(A), torch.cat(scaled, 1), 1.0, dropout, fp8)
+        stacked = torch.cat(A), torch.cat(scaled, 1)
+        return LoraProjection(weight, bias, *stacked, 1.0, dropout, fp8, room)
 
     def _uses_fp8(self, x: Tensor) -> bool:
         """Whether this call computes in FP8, as it is to; counted."""

@@ -73,6 +73,7 @@ from lorafuse.patches.structure import (
     recognise_experts,
 )
 from lorafuse.patches.verify import CallBlock, depends_on_index, verify
+from lorafuse.patches.weight_room import WeightRoom, make_rooms
 from lorafuse.patches.weights import BUILTIN_WEIGHT_FORMATS, WeightFormat
 
 __all__ = [
@@ -152,6 +153,7 @@ class FusedModel:
     binding: Binding = field(default_factory=Binding)
     fp8_noise: Fp8Noise | None = None
     checkpointing: Checkpointing | None = None
+    rooms: list[WeightRoom] = field(default_factory=list)
     # Blocks that were copied and compared with stock, and the time that finding and proving took.
     proofs: int = 0
     proving_s: float = 0.0
@@ -169,6 +171,8 @@ class FusedModel:
         self.binding.undo()
         if self.checkpointing is not None:
             self.checkpointing.undo()
+        for room in self.rooms:
+            room.undo()
         for record in self.records:
             if isinstance(record, GraphRecord) and record.graphs is not None:
                 record.graphs.forget()  # whoever keeps the report does not keep a step's memory
@@ -313,6 +317,7 @@ class _Applier:
         self.result.proving_s = time.perf_counter() - started
         if self.fp8:
             self.switch_fp8_on()
+        self.make_rooms()
         for reason, name in self.why_parts.items():
             self.result.notes.append(
                 f"decoder layers are fused in parts, not whole ({name}): {reason}"
@@ -570,6 +575,17 @@ class _Applier:
                 f"of the products on random input: {self.result.fp8_noise or 'not measured'}"
             )
         self.result.notes.append(note)
+
+    def make_rooms(self) -> None:
+        """After `switch_fp8_on`, for what computes in FP8 is written anew in each pass."""
+        self.result.rooms = make_rooms(self.model, (readers for _, readers in self.groups))
+        if self.result.rooms:
+            count = sum(len(room.readers) for room in self.result.rooms)
+            self.result.notes.append(
+                f"the base weights of {count} linear layers become views of buffers with room for "
+                "LoRA in the first training step, where they have its dtype and nobody else "
+                "manages them; unfuse() gives them their own memory again"
+            )
 
     def hidden_dtype(self, module: nn.Module) -> torch.dtype:
         for layer, call in self.calls.items():

@@ -43,6 +43,7 @@ from lorafuse.patches.mlp import MlpReader
 from lorafuse.patches.norms import apply_norm, prologue
 from lorafuse.patches.recomputation import Note, Tape, run_stage
 from lorafuse.patches.structure import DecoderLayer, RmsNorm
+from lorafuse.patches.weight_room import fold
 from lorafuse.patches.weights import WeightFormat
 
 
@@ -278,14 +279,6 @@ class FusedDecoderLayer(FusedForward):
         if self.checkpointing is not None:
             return self.checkpointing.stock(self.stock, *args, **kwargs)
         return self.stock(*args, **kwargs)
-
-
-def fold(readers: Sequence[LinearReader]) -> int:
-    """Columns that LoRA and bias take beside a group's input, as `Group.fold_forward`."""
-    columns = sum(A.shape[0] for reader in readers for A, _ in reader.pairs)
-    columns += any(getattr(reader.base, "bias", None) is not None for reader in readers)
-    align = fold_alignment(next(readers[0].base.parameters()).device)
-    return fold_columns(columns, align)
 
 
 def gradient_bytes(readers: Sequence[LinearReader], *, padded: bool) -> int:

@@ -555,7 +555,7 @@ def identity(p: LoraProjection) -> tuple[Any, ...]:
     return (
         weight.data_ptr(),
         *((None if t is None else (t.data_ptr(), t.requires_grad)) for t in (p.A, p.B, p.bias)),
-        p.scale, p.dropout, p.fp8,
+        p.scale, p.dropout, p.fp8, None if p.room is None else p.room.data_ptr(),
     )  # fmt: skip
 
 
