@@ -73,7 +73,8 @@ from lorafuse.patches.structure import (
     recognise_experts,
 )
 from lorafuse.patches.verify import CallBlock, depends_on_index, verify
-from lorafuse.patches.weight_room import WeightRoom, make_rooms
+from lorafuse.patches.weight_room import OPERATION as FOLDED_WEIGHTS
+from lorafuse.patches.weight_room import WeightRoomRecord, make_rooms
 from lorafuse.patches.weights import BUILTIN_WEIGHT_FORMATS, WeightFormat
 
 __all__ = [
@@ -141,7 +142,7 @@ class OperationRecord:
         return {} if self.forward is None else dict(self.forward.stock_calls)
 
 
-Record = OperationRecord | Fp8Record | CheckpointingRecord | GraphRecord
+Record = OperationRecord | Fp8Record | CheckpointingRecord | GraphRecord | WeightRoomRecord
 
 
 @dataclass
@@ -153,7 +154,6 @@ class FusedModel:
     binding: Binding = field(default_factory=Binding)
     fp8_noise: Fp8Noise | None = None
     checkpointing: Checkpointing | None = None
-    rooms: list[WeightRoom] = field(default_factory=list)
     # Blocks that were copied and compared with stock, and the time that finding and proving took.
     proofs: int = 0
     proving_s: float = 0.0
@@ -171,9 +171,9 @@ class FusedModel:
         self.binding.undo()
         if self.checkpointing is not None:
             self.checkpointing.undo()
-        for room in self.rooms:
-            room.undo()
         for record in self.records:
+            if isinstance(record, WeightRoomRecord) and record.room is not None:
+                record.room.undo()
             if isinstance(record, GraphRecord) and record.graphs is not None:
                 record.graphs.forget()  # whoever keeps the report does not keep a step's memory
 
@@ -243,8 +243,10 @@ class _Applier:
         budget_bytes: float | None,
         host_limit_bytes: float | None,
         graphs: bool,
+        folded_weights: bool,
     ) -> None:
         self.model, self.enabled, self.fp8, self.graphs = model, enabled, fp8, graphs
+        self.folds_weights = folded_weights
         self.checkpointing = Checkpointing(checkpointing, budget_bytes, host_limit_bytes)
         self.groups: list[Group] = []
         self.structures, self.formats, self.backend = structures, formats, backend
@@ -291,6 +293,8 @@ class _Applier:
                 self.result.records.append(CheckpointingRecord("", reason=_NO_ADAPTERS))
             if self.graphs:
                 self.result.records.append(GraphRecord("", reason=_NO_ADAPTERS))
+            if self.folds_weights:
+                self.result.records.append(WeightRoomRecord("", _NO_ADAPTERS))
             return self.result
         started = time.perf_counter()
         for module in {f.description.module for f in found}:
@@ -317,7 +321,8 @@ class _Applier:
         self.result.proving_s = time.perf_counter() - started
         if self.fp8:
             self.switch_fp8_on()
-        self.make_rooms()
+        if self.folds_weights:
+            self.fold_weights()
         for reason, name in self.why_parts.items():
             self.result.notes.append(
                 f"decoder layers are fused in parts, not whole ({name}): {reason}"
@@ -576,16 +581,18 @@ class _Applier:
             )
         self.result.notes.append(note)
 
-    def make_rooms(self) -> None:
+    def fold_weights(self) -> None:
         """After `switch_fp8_on`, for what computes in FP8 is written anew in each pass."""
-        self.result.rooms = make_rooms(self.model, (readers for _, readers in self.groups))
-        if self.result.rooms:
-            count = sum(len(room.readers) for room in self.result.rooms)
-            self.result.notes.append(
-                f"the base weights of {count} linear layers become views of buffers with room for "
-                "LoRA in the first training step, where they have its dtype and nobody else "
-                "manages them; unfuse() gives them their own memory again"
-            )
+        records = make_rooms(self.model, (readers for _, readers in self.groups), self.names)
+        self.result.records += records
+        count = sum(record.fused for record in records)
+        self.result.notes.append(
+            f"fused_{FOLDED_WEIGHTS}: the base weights of {count} linear layers become views of "
+            "buffers with room for LoRA in the first training step; unfuse() gives them their own "
+            "memory again"
+            if count
+            else f"fused_{FOLDED_WEIGHTS}: no weight moves: {records[0].reason}"
+        )
 
     def hidden_dtype(self, module: nn.Module) -> torch.dtype:
         for layer, call in self.calls.items():
@@ -913,6 +920,7 @@ def apply(
     budget_bytes: float | None = None,
     host_limit_bytes: float | None = None,
     graphs: bool = False,
+    folded_weights: bool = False,
 ) -> FusedModel:
     """Binds fused forwards on the instances of `model`, each proven first.
 
@@ -927,13 +935,14 @@ def apply(
         budget_bytes: of GPU memory, for `auto`; None: what there is.
         host_limit_bytes: of the host's, for activations; None: what there is.
         graphs: replay decoder layers as CUDA graphs where batches keep one shape.
+        folded_weights: base weights of the compute dtype move into buffers with room for LoRA.
 
     Returns:
         What was fused, what not and why, and the way back.
     """
     applier = _Applier(
         model, enabled, structures, weight_formats, attention, fp8, checkpointing, budget_bytes,
-        host_limit_bytes, graphs,
+        host_limit_bytes, graphs, folded_weights,
     )  # fmt: skip
     try:
         with _random_states(model):

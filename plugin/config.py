@@ -28,8 +28,9 @@ MOE = "fused_moe"
 OPTIMIZER = "fused_optimizer"
 FP8 = "fused_fp8"
 GRAPHS = "fused_graphs"
-# The operations whose GEMMs FP8 is for.
-WITH_FP8 = ("fused_lora_mlp", "fused_lora_qkv", "fused_lora_o")
+FOLDED_WEIGHTS = "fused_folded_weights"
+# The operations whose base weights FP8 and folded weights are for.
+WITH_BASE_WEIGHTS = ("fused_lora_mlp", "fused_lora_qkv", "fused_lora_o")
 _NAMED = (*OPERATIONS, OPTIMIZER)
 EVERYTHING = "fused"
 PREFIX = "fused_"
@@ -57,6 +58,10 @@ class FuseConfig(BaseModel):
         fused_graphs: Decoder layers that are fused whole are replayed as CUDA graphs where batches
             keep one shape, so that the host is not what short ones wait for. In trial: off unless
             it is set.
+        fused_folded_weights: Base weights of the compute dtype (bf16 LoRA) lie in buffers with room
+            for LoRA while the model is fused, so that they are not copied in each pass. Faster; but
+            their parameters are views whose rows lie apart, which who reads a weight by its address
+            must not meet. Off unless it is set.
         fused_checkpointing: What decoder layers that are fused whole keep for backward, in place of
             the trainer's own gradient checkpointing. `off` keeps all, `selective` computes again
             what is cheap, `offload` also moves what it keeps to the host, `auto` picks for each
@@ -89,6 +94,7 @@ class FuseConfig(BaseModel):
     fused_optimizer: StrictBool = True
     fused_fp8: StrictBool = False
     fused_graphs: StrictBool = False
+    fused_folded_weights: StrictBool = False
     fused_checkpointing: Literal["off", "selective", "offload", "auto"] = "auto"
     fused_memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
     fused_host_gb: float | None = Field(default=None, ge=0, allow_inf_nan=False, strict=True)
@@ -101,13 +107,13 @@ class FuseConfig(BaseModel):
             super().__init__(**flags)
         except ValidationError as error:
             raise FuseConfigError(_explain(error)) from None
-        if self.fused_fp8 and not any(getattr(self, name) for name in WITH_FP8):
-            *others, last = WITH_FP8
-            raise FuseConfigError(
-                f"`{FP8}: true` has no effect without {', '.join(others)} or {last}, "
-                "whose base GEMMs it is for; turn one of them on, or drop the line"
-            )
-
+        for flag in (FP8, FOLDED_WEIGHTS):
+            if getattr(self, flag) and not any(getattr(self, name) for name in WITH_BASE_WEIGHTS):
+                *others, last = WITH_BASE_WEIGHTS
+                raise FuseConfigError(
+                    f"`{flag}: true` has no effect without {', '.join(others)} or {last}, "
+                    "whose base weights it is for; turn one of them on, or drop the line"
+                )
         if self.fused_memory_gb is not None and self.fused_checkpointing != "auto":
             raise FuseConfigError(
                 f"`fused_memory_gb: {self.fused_memory_gb:g}` has no effect with "

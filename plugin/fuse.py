@@ -13,7 +13,7 @@ from lorafuse.patches.checkpointing import OPERATION as CHECKPOINTING
 from lorafuse.patches.optimizer import fuse_optimizer
 from lorafuse.patches.structure import NO_EXPERTS
 from lorafuse.plugin import log
-from lorafuse.plugin.config import FP8, GRAPHS, MOE, OPTIMIZER, PREFIX, FuseConfig
+from lorafuse.plugin.config import FOLDED_WEIGHTS, FP8, GRAPHS, MOE, OPTIMIZER, PREFIX, FuseConfig
 from lorafuse.plugin.errors import FuseConfigError, FuseError
 from lorafuse.plugin.manager import Plugins
 from lorafuse.plugin.report import FuseReport
@@ -195,6 +195,7 @@ def _apply(model: nn.Module, config: FuseConfig, plugins: Plugins) -> FusedModel
         budget_bytes=None if config.fused_memory_gb is None else 1e9 * config.fused_memory_gb,
         host_limit_bytes=None if config.fused_host_gb is None else 1e9 * config.fused_host_gb,
         graphs=config.fused_graphs,
+        folded_weights=config.fused_folded_weights,
     )
 
 
@@ -202,6 +203,7 @@ def _stand_aside(config: FuseConfig, reason: str) -> FusedModel:
     asked = [name for name, on in config.enabled().items() if on]
     asked += [FP8.removeprefix(PREFIX)] if config.fused_fp8 else []
     asked += [GRAPHS.removeprefix(PREFIX)] if config.fused_graphs else []
+    asked += [FOLDED_WEIGHTS.removeprefix(PREFIX)] if config.fused_folded_weights else []
     asked += [CHECKPOINTING] if config.fused_checkpointing != AUTO else []
     records: list[Record] = [
         OperationRecord(
