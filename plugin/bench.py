@@ -3,20 +3,11 @@
 A round runs each system once, in a fresh process, one after the other: an 8B model whose
 activations are all kept fills a GPU alone, and neither patches nor peaks of one system reach
 another. Rounds go through the systems in turn forwards and backwards, so that a GPU that slows down
-as it warms up favours none. Medians are over the timed steps of all rounds.
-
-The processes get one allocator setting, `expandable_segments:True`, unless the environment has one
-already: Axolotl sets it for its own runs, and it keeps fragmentation from deciding who runs out of
-memory.
+as it warms up favours none. Medians are over the timed steps of all rounds. Of several models each
+has its own results.
 """
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -26,6 +17,7 @@ import torch
 
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.bench_model import parameters
+from lorafuse.plugin.bench_processes import Workers, allocator_setting, run_worker
 from lorafuse.plugin.bench_results import Results, SystemResult
 from lorafuse.plugin.bench_systems import SYSTEMS, why_not
 from lorafuse.plugin.config import FuseConfig
@@ -34,9 +26,8 @@ from lorafuse.plugin.geometries import find_model
 
 # A step of this many parameters takes a CPU some minutes at 2 x 256 tokens.
 MOST_ON_CPU = 500e6
-# Told which process runs, and what it does now; first of all STARTING.
+# Told which process runs, and what it does now; first of all `bench_processes.STARTING`.
 Progress = Callable[[str, str], None]
-STARTING = "starting"
 
 
 def default_device() -> str:
@@ -103,6 +94,7 @@ def run(
     systems: Sequence[str],
     rounds: int,
     skipped: dict[str, str],
+    workers: Workers,
     progress: Progress = lambda label, stage: None,
     save: Callable[[Results], None] = lambda so_far: None,
 ) -> Results:
@@ -113,14 +105,13 @@ def run(
         systems: By name; all can run here.
         rounds: At least 1.
         skipped: For the results only.
+        workers: The processes.
         progress: Told what happens now.
         save: Given what is known after each process: a run that is cut short loses one system.
 
     Raises:
         FuseConfigError: The job cannot work on this machine.
     """
-    if rounds < 1:
-        raise FuseConfigError(f"--rounds {rounds}: give 1 or more")
     count = check_machine(job)
     found = {name: SystemResult(name) for name in systems}
     for i in range(rounds):
@@ -128,7 +119,7 @@ def run(
             if found[name].status == "ok":
                 this = replace(job, system=name, profile=job.profile if i == rounds - 1 else 0)
                 label = f"round {i + 1} of {rounds}, {name}"
-                run_worker(this, found[name], partial(progress, label))
+                run_worker(workers, this, found[name], partial(progress, label))
                 save(_results(job, rounds, found, skipped, count))
     return _results(job, rounds, found, skipped, count)
 
@@ -143,72 +134,3 @@ def _results(
     return Results(
         job, rounds, ran, skipped | unsupported, count, allocator_setting(), datetime.now(UTC)
     )
-
-
-def run_worker(
-    job: Job, result: SystemResult, progress: Callable[[str], None] = lambda stage: None
-) -> None:
-    """One process of one system; what it measured, or how it ended, is entered into `result`."""
-    # -P: what lies in the current folder is not imported, as it is not by the command itself.
-    command = [sys.executable, "-P", "-m", "lorafuse.plugin.bench_worker"]
-    ended = False
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=noise,
-            env=worker_environment(),
-            encoding="utf-8",
-        ) as process:
-            assert process.stdin is not None and process.stdout is not None
-            try:
-                progress(STARTING)
-                with suppress(BrokenPipeError):  # it died first; what it said is read below
-                    process.stdin.write(job.to_json())
-                    process.stdin.close()
-                for line in process.stdout:
-                    event = json.loads(line)
-                    kind = event.pop("event")
-                    if kind == "machine":
-                        result.machine = event
-                        continue
-                    if kind == "stage":
-                        result.stage = event["stage"]
-                        progress(result.stage)
-                        continue
-                    ended = True
-                    if kind == "done":
-                        result.rounds.append(event)
-                    else:
-                        result.status, result.error = kind, event["error"]
-            except BaseException:
-                process.kill()
-                raise
-        if not ended:
-            noise.seek(0)
-            lines = [line.strip() for line in noise if line.strip()]
-            said = lines[-1] if lines else "it said nothing"
-            result.status = "failed"
-            result.error = f"its process ended with code {process.returncode}: {said}"
-
-
-def worker_environment() -> dict[str, str]:
-    """Of every system alike: nothing is downloaded or reported, one allocator setting."""
-    fixed = {
-        "HF_HUB_OFFLINE": "1",
-        "AXOLOTL_DO_NOT_TRACK": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    name, value = allocator_setting().split("=", 1)
-    return os.environ | fixed | {name: value}
-
-
-def allocator_setting() -> str:
-    """NAME=VALUE of the environment variable that torch reads."""
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        if name in os.environ:
-            return f"{name}={os.environ[name]}"
-    newer = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
-    name = "PYTORCH_ALLOC_CONF" if newer else "PYTORCH_CUDA_ALLOC_CONF"
-    return f"{name}=expandable_segments:True"

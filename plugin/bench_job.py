@@ -28,7 +28,7 @@ class Job:
         documents: Packed into each row, all of one length; 1: nothing is packed.
         checkpointing: Gradient checkpointing, the non-reentrant one.
         steps: Timed ones; two untimed ones come before them.
-        attention: transformers' `attn_implementation`.
+        attention: transformers' `attn_implementation`; None: what it chooses for the class.
         device: `cuda` or `cpu`.
         flags: Of `FuseConfig`, for lorafuse.
         profile: Rows of the profile of one further step; 0: none.
@@ -44,7 +44,7 @@ class Job:
     documents: int
     checkpointing: bool
     steps: int
-    attention: str
+    attention: str | None
     device: str
     flags: dict[str, Any] = field(default_factory=dict)
     profile: int = 0
@@ -85,7 +85,10 @@ class Job:
             words.append(f"--layers {self.layers}")
         for name in ("quant", "rank", "batch", "tokens", "documents", "steps"):
             words.append(f"--{name} {getattr(self, name)}")
-        words.append(f"--rounds {rounds} --attention {self.attention} --device {self.device}")
+        words.append(f"--rounds {rounds}")
+        if self.attention is not None:
+            words.append(f"--attention {self.attention}")
+        words.append(f"--device {self.device}")
         words.append("--checkpointing" if self.checkpointing else "--no-checkpointing")
         words.append(f"--systems {','.join(systems)}")
         for name, value in self.flags.items():

@@ -38,7 +38,7 @@ def base_model(model: Model, job: Job) -> PreTrainedModel:
 
 def parameters(model: Model) -> int:
     """How many parameters the whole model has. Nothing is allocated."""
-    with init_empty_weights():
+    with torch.device("meta"):
         empty = _AUTO.from_config(model.config)
     empty.tie_weights()
     return sum(parameter.numel() for parameter in empty.parameters())
@@ -77,8 +77,8 @@ def batch(job: Job, vocabulary: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
-def _attention(model: Model, job: Job) -> str:
-    """What was asked for; eager where the class has no sdpa (Gemma 2, transformers 5.24)."""
+def _attention(model: Model, job: Job) -> str | None:
+    """What was asked for (None: transformers chooses), eager where the class has no sdpa."""
     found = _AUTO._model_mapping.get(type(model.config), None)
     if job.attention == "sdpa" and not getattr(found, "_supports_sdpa", True):
         return "eager"

@@ -6,6 +6,7 @@ are compared with those of stock's first round; what stock's later rounds differ
 is the noise of stock itself. GB are 1e9 bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -70,7 +71,12 @@ class SystemResult:
             "last_loss": self.rounds[0]["losses"][-1],
         }
         if stock is not None and stock.status == "ok":
+            ours, its = self.rounds[0], stock.rounds[0]
             found["ratio"] = median(stock.step_ms) / found["step_ms"]
+            found["first_loss_difference"] = ours["losses"][0] - its["losses"][0]
+            found["first_gradient_norm_ratio"] = (
+                ours["gradient_norms"][0] / its["gradient_norms"][0]
+            )
             found["largest_loss_difference"] = self._furthest("losses", stock, relative=False)
             found["largest_relative_gradient_norm_difference"] = self._furthest(
                 "gradient_norms", stock, relative=True
@@ -147,6 +153,13 @@ class Results:
             },
             "skipped": self.skipped,
         }
+
+
+def to_dict(models: Sequence[Results]) -> dict[str, Any]:
+    """What `--json` writes: one model's results, or of several a list, under `models`."""
+    if len(models) == 1:
+        return models[0].to_dict()
+    return {"models": [one.to_dict() for one in models]}
 
 
 def all_versions() -> dict[str, str | None]:

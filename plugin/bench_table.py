@@ -41,8 +41,8 @@ def table(results: Results) -> Table:
             f"{one['ratio']:.2f}" if "ratio" in one else "",
             f"{one['step_ms']:,.1f}",
             f"{one['first_step_s']:.1f}",
-            _gigabytes(one["peak_allocated_GB"]),
-            _gigabytes(one["peak_reserved_GB"]),
+            gigabytes(one["peak_allocated_GB"]),
+            gigabytes(one["peak_reserved_GB"]),
             f"{one['last_loss']:.5f}",
             f"{one['largest_loss_difference']:.1e}" if compared else "",
             f"{one['largest_relative_gradient_norm_difference']:.1e}" if compared else "",
@@ -113,16 +113,20 @@ def profiles(results: Results) -> Iterator[str]:
 def _about(name: str, one: SystemResult, summary: dict[str, Any]) -> Iterator[str]:
     last = one.rounds[-1]
     said = [last["variant"]] if last["variant"] else []
+    said.append(f"{last['attention']} attention")
+    if last["experts"] is not None and "report" not in last:
+        said.append(f"experts by {last['experts']}")
     if "report" in last:
+        proofs = last["report"]["verification"]
         said.append(f"fused {_fused(last['report'])}")
+        said.append(f"{proofs['blocks']} blocks proven in {proofs['seconds']:.1f} s")
     if len(one.rounds) > 1:
         rates = ", ".join(f"{rate:,.0f}" for rate in summary["tokens_per_s_of_rounds"])
         said.append(f"tokens/s of the rounds {rates}")
     first, steady = summary["first_step_peak_allocated_GB"], summary["peak_allocated_GB"]
     if first is not None and first > HIGHER_PEAK * steady:
         said.append(f"its first step peaked at {first:.1f} GB")
-    if said:
-        yield f"{name}: {'; '.join(said)}"
+    yield f"{name}: {'; '.join(said)}"
 
 
 def _fused(report: dict[str, Any]) -> str:
@@ -136,7 +140,8 @@ def _fused(report: dict[str, Any]) -> str:
     return ", ".join(said)
 
 
-def _gigabytes(value: float | None) -> str:
+def gigabytes(value: float | None) -> str:
+    """A dash where nothing was measured, as on a CPU."""
     return "–" if value is None else f"{value:.1f}"
 
 

@@ -2,7 +2,8 @@
 
     python -m lorafuse.plugin.bench_worker < JOB.json
 
-Started by `lorafuse bench`. Writes one JSON object a line, each with its `event`: `machine`,
+Started by `lorafuse bench`, often before there is a job: until it comes, the GPU is not touched; if
+none comes, it ends. Writes one JSON object a line, each with its `event`: `machine`,
 `stage` (what comes next), and at last one of `done`, `out of memory`, `unsupported`, `failed`. The
 exit code is 0 for all of them; another one is a crash.
 """
@@ -21,19 +22,26 @@ from typing import Any, TextIO
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from lorafuse.patches.layer_graphs import WARM
+from lorafuse.patches.structure import recognise_experts
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.bench_model import adapted, base_model, batch
 from lorafuse.plugin.bench_systems import UnsupportedError, patch_base, patch_model
+from lorafuse.plugin.config import GRAPHS
 from lorafuse.plugin.geometries import find_model
 
 Emit = Callable[..., None]
 LEARNING_RATE = 1e-5
 MAX_NORM = 1.0
-# Untimed: the first compiles and tunes, the second still finds caches to fill, and graphs, where
-# they are asked for, are recorded after some.
-WARM_UP = WARM + 2
+# Untimed: the first compiles and tunes, the second still finds caches to fill.
+WARM_UP = 2
+
+
+def warm_up(job: Job) -> int:
+    """Untimed steps, of every system alike. Graphs are recorded after some more."""
+    return WARM_UP + (WARM if job.flags.get(GRAPHS) else 0)
 
 
 def make_optimizer(model: PeftModel, device: torch.device) -> Any:
@@ -153,6 +161,13 @@ class Training:
         return found
 
 
+def experts_by(base: PreTrainedModel) -> str | None:
+    """transformers' way to compute the experts of a mixture; None: there are none."""
+    if all(recognise_experts(module) is None for module in base.modules()):
+        return None
+    return str(getattr(base.config, "_experts_implementation", "unknown"))
+
+
 def measure(job: Job, emit: Emit) -> dict[str, Any]:
     """Builds, patches, trains; the numbers of all steps."""
     device = torch.device(job.device)
@@ -164,15 +179,14 @@ def measure(job: Job, emit: Emit) -> dict[str, Any]:
     emit("stage", stage="building the model")
     base = base_model(find_model(job.model, job.layers), job)
     variant = patch_base(base, job)
-    attention = base.config._attn_implementation
-    if attention != job.attention:
-        variant = ", ".join(filter(None, (variant, f"{attention} attention")))
     model = adapted(base, job)
     optimizer = make_optimizer(model, device)
     training = Training(model, optimizer, job)
     gc.collect()
     result: dict[str, Any] = {
         "variant": variant,
+        "attention": base.config._attn_implementation,
+        "experts": experts_by(base),
         "optimizer": f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}",
         "model_class": type(base).__name__,
         "model_GB": torch.cuda.memory_allocated() / 1e9 if on_gpu else None,
@@ -192,7 +206,7 @@ def measure(job: Job, emit: Emit) -> dict[str, Any]:
         # What only building and tuning needed is not to count as reserved by the steps. Here, not
         # after the warm-up: the next step asks the driver for its memory anew, which takes time.
         torch.cuda.empty_cache()
-    for _ in range(WARM_UP - 1):
+    for _ in range(warm_up(job) - 1):
         training.step()
         numbers.append(training.check())
     if on_gpu:
@@ -279,7 +293,8 @@ def main() -> None:
     def emit(event: str, **what: Any) -> None:
         answers.write(json.dumps({"event": event} | what, allow_nan=False) + "\n")
 
-    work(Job.from_json(sys.stdin.read()), emit)
+    if told := sys.stdin.read():
+        work(Job.from_json(told), emit)
 
 
 if __name__ == "__main__":

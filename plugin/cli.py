@@ -13,6 +13,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from lorafuse.plugin.geometry_table import GEOMETRIES, NAMED_FAMILIES
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -82,9 +84,10 @@ def bench(
     model: Annotated[
         str,
         typer.Option(
-            metavar="NAME|DIR",
-            help="A geometry with random weights (llama-3.1-8b, llama-3.1-70b, llama-3.2-1b, "
-            "qwen3-8b, mistral-7b, gemma-2-9b, smollm2-135m, tiny), or a model's folder.",
+            metavar="NAME|DIR,...",
+            help=f"Geometries with random weights ({', '.join(GEOMETRIES)}; {NAMED_FAMILIES}: one "
+            "of each), or a model's folder. Several with commas between: one after the other, "
+            "without those behind a - (named-families,-falcon-7b).",
         ),
     ] = "llama-3.1-8b",
     systems: Annotated[
@@ -106,8 +109,12 @@ def bench(
     steps: Annotated[int, typer.Option(help="Timed ones a round, after two untimed.")] = 5,
     rounds: Annotated[int, typer.Option(help="Fresh processes of each system.")] = 2,
     attention: Annotated[
-        str, typer.Option(metavar="NAME", help="transformers' attn_implementation.")
-    ] = "sdpa",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="transformers' attn_implementation. Without it: what it chooses for the class.",
+        ),
+    ] = None,
     flag: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Of lorafuse: fused_attention=off. Repeatable."),
@@ -128,59 +135,80 @@ def bench(
     """Time whole training steps, stock against fused, on this machine.
 
     Each system trains the same model, adapters and tokens in processes of its own, in turn.
+    A system that fails on one model leaves the others to go on.
     Nothing is downloaded. A system that is not installed, or has no kernels for the model, is
     named; one that runs out of memory is a result.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from lorafuse.plugin.bench import choose, default_device, run
+    from lorafuse.plugin.bench import check_machine, choose, default_device, run
     from lorafuse.plugin.bench_job import Job, read_flags
     from lorafuse.plugin.bench_plot import check_plot
     from lorafuse.plugin.bench_plot import plot as draw
+    from lorafuse.plugin.bench_processes import AHEAD, Workers
+    from lorafuse.plugin.bench_results import Results, to_dict
     from lorafuse.plugin.bench_table import lines_above, lines_below, profiles, table
     from lorafuse.plugin.errors import FuseConfigError
+    from lorafuse.plugin.geometries import model_names
 
     console = _console()
     try:
         device = device or default_device()
-        job = Job(
-            system="",
-            model=model,
-            layers=layers,
-            quant=quant,
-            rank=rank,
-            batch=batch,
-            tokens=tokens if tokens is not None else (4096 if device == "cuda" else 256),
-            documents=documents,
-            checkpointing=checkpointing,
-            steps=steps,
-            attention=attention,
-            device=device,
-            flags=read_flags(flag or []),
-            profile=profile,
-        )
-        chosen, skipped = choose(systems, job)
+        jobs = [
+            Job(
+                system="",
+                model=name,
+                layers=layers,
+                quant=quant,
+                rank=rank,
+                batch=batch,
+                tokens=tokens if tokens is not None else (4096 if device == "cuda" else 256),
+                documents=documents,
+                checkpointing=checkpointing,
+                steps=steps,
+                attention=attention,
+                device=device,
+                flags=read_flags(flag or []),
+                profile=profile,
+            )
+            for name in model_names(model)
+        ]
+        if rounds < 1:
+            raise FuseConfigError(f"--rounds {rounds}: give 1 or more")
+        chosen, skipped = choose(systems, jobs[0])
         for name, path in (("--json", json), ("--plot", plot)):
             if path is not None and not path.absolute().parent.is_dir():
                 raise FuseConfigError(f"{name} {path}: there is no folder {path.parent}")
         if plot is not None:
             check_plot(plot)
-        with _progress() as progress:
-            keep = [] if json is None else [lambda so_far: _write_json(json, so_far.to_dict())]
-            results = run(job, chosen, rounds, skipped, progress, *keep)
+            if len(jobs) > 1:
+                raise FuseConfigError("--plot draws one model; --model names several")
+        for job in jobs:
+            check_machine(job)
     except FuseConfigError as error:
         _fail(error)
-    for line in lines_above(results):
-        console.print(line)
-    console.print(table(results), soft_wrap=False)
-    for line in (*lines_below(results), *profiles(results)):
-        console.print(line)
+    done: list[Results] = []
+
+    def keep(so_far: Results) -> None:
+        if json is not None:
+            _write_json(json, to_dict([*done, so_far]))
+
+    with Workers(len(jobs) * len(chosen) * rounds, AHEAD[device]) as workers:
+        for job in jobs:
+            with _progress() as progress:
+                results = run(job, chosen, rounds, skipped, workers, progress, keep)
+            done.append(results)
+            for line in lines_above(results) if len(done) == 1 else ():
+                console.print(line)
+            console.print(table(results), soft_wrap=False)
+            for line in (*lines_below(results), *profiles(results)):
+                console.print(line)
     if json is not None:
-        _write_json(json, results.to_dict())
+        _write_json(json, to_dict(done))
         console.print(f"written: {json}")
     if plot is not None:
-        draw(results, plot)
+        draw(done[0], plot)
         console.print(f"written: {plot}")
-    if not results.complete:
+    if not all(results.complete for results in done):
         raise typer.Exit(1)
 
 
@@ -310,6 +338,13 @@ def families(
             "without --markdown nothing is tried anew.",
         ),
     ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="With --readme: also the table of what `bench --json` has written there.",
+        ),
+    ] = None,
 ) -> None:
     """Try every family of transformers: a tiny model's step, stock against fused.
 
@@ -318,7 +353,7 @@ def families(
     family trains wrong or crashes when it is fused.
     """
     if readme is not None and markdown is None:
-        _write_readme(readme, readme.parent / "FAMILIES.md")
+        _write_readme(readme, readme.parent / "FAMILIES.md", measured)
         return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from lorafuse.plugin.errors import FuseConfigError
@@ -356,13 +391,14 @@ def families(
         markdown.write_text(write_markdown(found, page), encoding="utf-8")
         console.print(f"written: {markdown}")
         if readme is not None:
-            _write_readme(readme, markdown)
+            _write_readme(readme, markdown, measured)
     if found.bad:
         raise typer.Exit(1)
 
 
-def _write_readme(readme: Path, page: Path) -> None:
-    """The named families' rows of `page`, between the README's marks."""
+def _write_readme(readme: Path, page: Path, measured: Path | None) -> None:
+    """The named families' rows of `page`, and what was measured, between the README's marks."""
+    from lorafuse.plugin import family_times
     from lorafuse.plugin.errors import FuseConfigError
     from lorafuse.plugin.family_readme import inserted
 
@@ -371,6 +407,8 @@ def _write_readme(readme: Path, page: Path) -> None:
             if not path.is_file():
                 raise FuseConfigError(f"--readme: there is no file {path}")
         text = inserted(readme.read_text("utf-8"), page.read_text("utf-8"))
+        if measured is not None:
+            text = family_times.inserted(text, measured)
     except FuseConfigError as error:
         _fail(error)
     readme.write_text(text, encoding="utf-8")
@@ -380,7 +418,7 @@ def _write_readme(readme: Path, page: Path) -> None:
 @contextmanager
 def _progress() -> Iterator[Callable[[str, str], None]]:
     """On stderr: a line that changes, or in a log one line for each process."""
-    from lorafuse.plugin.bench import STARTING
+    from lorafuse.plugin.bench_processes import STARTING
 
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     if console.is_terminal:

@@ -8,7 +8,7 @@ counted, not computed from a formula.
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate import init_empty_weights
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -119,7 +119,7 @@ def model_shape(name: str, config: PretrainedConfig, trust_remote_code: bool = F
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
-        with init_empty_weights():
+        with torch.device("meta"):
             model: Any = _AUTO.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         raise FuseConfigError(

@@ -11,7 +11,8 @@ from transformers import PretrainedConfig
 from lorafuse.plugin.axolotl_yaml import check, why_aside
 from lorafuse.plugin.doctor import read_yaml
 from lorafuse.plugin.errors import FuseConfigError
-from lorafuse.plugin.geometries import GEOMETRIES, keep_layers
+from lorafuse.plugin.geometries import keep_layers
+from lorafuse.plugin.geometry_table import GEOMETRIES
 from lorafuse.plugin.plan_groups import ALL_LINEAR, Targets, Workload
 from lorafuse.plugin.plan_model import model_shape
 from lorafuse.plugin.sketch import load_config, training_dtype
@@ -66,7 +67,7 @@ def read_target(target: str, options: Mapping[str, Any]) -> tuple[Workload, list
         fields, notes = _fields(settings)
         config, name = load_config(settings), str(settings["base_model"])
     elif target in GEOMETRIES:
-        settings, fields, config, name = {}, dict(DEFAULTS), GEOMETRIES[target](), target
+        settings, fields, config, name = {}, dict(DEFAULTS), GEOMETRIES[target].config(), target
     elif path.is_dir():
         settings, fields, name = {"base_model": target}, dict(DEFAULTS), target
         config = load_config(settings)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from lorafuse import FuseConfig, fuse
+from lorafuse.patches.layer_graphs import WARM
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.bench_model import adapted, base_model
 from lorafuse.plugin.bench_worker import WARM_UP, Training, make_optimizer
@@ -55,7 +56,7 @@ class Timer:
             self.optimizer.zero_grad(set_to_none=True)
         return found
 
-    def time(self, name: str, warm_up: int = WARM_UP, **changes: int) -> None:
+    def time(self, name: str, warm_up: int = WARM_UP + WARM, **changes: int) -> None:
         """Median of whole steps that follow each other, and the peak of memory."""
         training = self.training(**changes)
         if training.on_gpu:  # of graphs' memory only what is reserved tells

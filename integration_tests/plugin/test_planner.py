@@ -19,7 +19,8 @@ from lorafuse.plugin import plan_memory
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.bench_model import base_model
 from lorafuse.plugin.errors import FuseConfigError
-from lorafuse.plugin.geometries import GEOMETRIES, Model
+from lorafuse.plugin.geometries import Model
+from lorafuse.plugin.geometry_table import GEOMETRIES
 from lorafuse.plugin.plan_groups import Workload
 from lorafuse.plugin.plan_memory import (
     ADAPTERS,
@@ -251,7 +252,7 @@ def shapes() -> Callable[[str], ModelShape]:
 
     def find(name: str) -> ModelShape:
         if name not in known:
-            known[name] = model_shape(name, GEOMETRIES[name]())
+            known[name] = model_shape(name, GEOMETRIES[name].config())
         return known[name]
 
     return find
