@@ -5,10 +5,12 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen3Config
 
 from lorafuse.kernels import lora_mlp
 from lorafuse.kernels.lora_linear import fold_alignment
@@ -18,6 +20,7 @@ from lorafuse.patches.modes import AUTO, MODES, OFF, OFFLOAD, SELECTIVE, TILE_RO
 from lorafuse.patches.spilling import Rates
 
 from .conftest import FAMILIES as FAMILY_CONFIGS
+from .conftest import HEAD, SMALL
 
 ALL = dict.fromkeys(OPERATIONS, True)
 FAMILIES = ["llama", "llama-biased", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "phi3",
@@ -383,23 +386,77 @@ def test_what_stands_in_for_the_trainers_own_is_said_at_once(make_peft) -> None:
     assert any("2 decoder layers keep their activations by" in note for note in fused.notes)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD])
-def test_on_a_gpu_gate_up_waits_where_there_is_room(mode, make_peft, step, monkeypatch) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    monkeypatch.setattr(recomputation, "SMALL_BYTES", 1)
-    # A link that carries everything, beside a GPU that takes its time.
+CARD_BYTES, HOST_BYTES = 80e9, 64e9
+
+
+class OnGpu:
+    """A layer's input, as `Checkpointing.begin` asks for it on a GPU."""
+
+    is_cuda = True
+
+    def __init__(self, h: Tensor) -> None:
+        self.device, self.dtype, self.shape = h.device, h.dtype, h.shape
+
+
+@pytest.fixture
+def roomy(device, monkeypatch) -> None:
+    """A GPU, or what is decided on one of 80 GB; a link that carries all while the GPU computes."""
     monkeypatch.setattr(checkpointing, "measured_rates", lambda index: Rates(1.0, 1e9))
-    model = make_peft("qwen3", torch.bfloat16)
+    monkeypatch.setattr(checkpointing, "available_bytes", lambda: HOST_BYTES)
+    if device.type == "cuda":
+        return
+    begin = checkpointing.Checkpointing.begin
+    monkeypatch.setattr(
+        checkpointing.Checkpointing, "begin", lambda owner, h: begin(owner, OnGpu(h))
+    )
+    for name, found in (
+        ("mem_get_info", (CARD_BYTES, CARD_BYTES)),
+        ("memory_allocated", 0),
+        ("memory_reserved", 0),
+        ("get_device_properties", SimpleNamespace(total_memory=CARD_BYTES)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+
+
+def half_full(owner: checkpointing.Checkpointing, device: torch.device) -> float:
+    return 0.5 * torch.cuda.get_device_properties(device).total_memory
+
+
+@pytest.fixture
+def made_again(monkeypatch) -> list[None]:
+    """One entry for each time that an MLP computes gate/up again."""
+    found: list[None] = []
+    recompute = lora_mlp._recompute_gate_up
+    monkeypatch.setattr(
+        lora_mlp, "_recompute_gate_up", lambda *args: found.append(None) or recompute(*args)
+    )
+    return found
+
+
+@pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD])
+def test_gate_up_of_every_other_layer_waits_where_there_is_room(
+    mode, roomy, made_again, make_peft, step, monkeypatch
+) -> None:
+    """Not the last one's, which is asked for at once: of two layers none would go."""
+    model = make_peft(Qwen3Config(**SMALL | {"num_hidden_layers": 5}, **HEAD), torch.bfloat16)
     fused = apply(model, ALL, checkpointing=OFF)
     off = step(model)
     fused.unfuse()
-    for limit, spills in ((None, True), (1e9, True), (1e3, False)):
-        fused = apply(model, ALL, checkpointing=mode, host_limit_bytes=limit)
-        for _ in range(2):
-            ours = step(model)
-            assert set(ours) == set(off)
-            assert all(torch.equal(ours[name], off[name]) for name in off)
-        assert [layer.spills for layer in fused.checkpointing.layers] == [spills, False]
+    assert not made_again
+    for host_limit, full, waiting in (
+        (None, False, 2),
+        (1e9, False, 2),
+        (1e3, False, 0),  # the host is too small
+        (None, True, 0),  # half of the GPU is taken
+    ):
+        with monkeypatch.context() as patch:
+            if full:
+                patch.setattr(checkpointing.Checkpointing, "free_bytes", half_full)
+            fused = apply(model, ALL, checkpointing=mode, host_limit_bytes=host_limit)
+            for _ in range(2):
+                made_again.clear()
+                equal(step(model), off)
+                assert len(made_again) == 5 - waiting
+        spills = [layer.spills for layer in fused.checkpointing.layers]
+        assert spills == ([False, True, False, True, False] if waiting else [False] * 5)
         fused.unfuse()
