@@ -172,17 +172,23 @@ class Checkpointing:
                 self.modes, self.spilled = batch.plan(free, self.floor, spill)
             return
         self.modes = [self.mode] * count
-        if self.mode == OFFLOAD:
-            self.fit_host(batch, h.device)
-        if not self.attention_again and (spill := self.spill(h.device)) is not None:
+        host = self.host_bytes(h.device) if self.mode == OFFLOAD else None
+        if host is not None:
+            self.fit_host(batch, host)
+        if not self.attention_again and (spill := self.spill(h.device, host)) is not None:
             free -= _ROOM * torch.cuda.get_device_properties(h.device).total_memory
             self.spilled = batch.spilled(self.modes, free, spill, EVERY_OTHER)
 
-    def spill(self, device: torch.device) -> Spill | None:
-        """What gate/up may use of the host; None: nothing."""
+    def spill(self, device: torch.device, host: float | None = None) -> Spill | None:
+        """What gate/up may use of the host; None: nothing.
+
+        Args:
+            device: the GPU.
+            host: `host_bytes`, where this step has asked for them; None: they are asked for here.
+        """
         if torch.compiler.is_compiling():  # which could not follow what is timed
             return None
-        host = self.host_bytes(device)
+        host = self.host_bytes(device) if host is None else host
         limited = self.host_limit_bytes is not None
         return Spill(measured_rates(device.index or 0), host if limited else _ROOM * host)
 
@@ -197,15 +203,18 @@ class Checkpointing:
         )
 
     def host_bytes(self, device: torch.device) -> float:
-        """Memory of the host that tensors may take, what they have of it by now included."""
+        """Memory of the host that tensors may take, what they have of it by now included.
+
+        Reads files of the system: once a step.
+        """
         free = (1 - MARGIN) * (available_bytes() + self.offloader(device).pool.free_bytes)
         return free if self.host_limit_bytes is None else min(free, self.host_limit_bytes)
 
-    def fit_host(self, batch: Batch, device: torch.device) -> None:
-        """Where the host has no room for all that `offload` keeps, some o is computed again."""
-        free, taken = self.host_bytes(device), sum(batch.taken(self.modes))
+    def fit_host(self, batch: Batch, host: float) -> None:
+        """Where `host` bytes are no room for all that `offload` keeps, some o is computed again."""
+        taken = sum(batch.taken(self.modes))
         for layer in self.layers[:-1]:
-            if taken <= free:
+            if taken <= host:
                 break
             taken -= batch.tokens * batch.itemsize * layer.sizes.attention
             self.attention_again += 1

@@ -143,7 +143,7 @@ def test_only_gate_up_leaves_where_the_rest_may_stay(make_peft, step, monkeypatc
     assert fused.checkpointing.layers[0].spills
 
 
-def test_how_many_layers_compute_attention_again(make_peft, monkeypatch) -> None:
+def test_how_many_layers_compute_attention_again(make_peft) -> None:
     model = make_peft("llama")
     chosen = apply(model, ALL, checkpointing=OFFLOAD).checkpointing
     chosen.layers = [chosen.layers[0]] * 9
@@ -151,11 +151,9 @@ def test_how_many_layers_compute_attention_again(make_peft, monkeypatch) -> None
     h = torch.empty(2, length, 64, device="meta")
     o = 4 * h.shape[0] * length * chosen.layers[0].sizes.attention
     taken = chosen.layers[0].sizes.taken(2 * length, length, 4)
-    for free, expected in ((1e12, 0), (8 * taken, 1), (8 * taken - 3 * o, 4), (0, 8)):
-        monkeypatch.setattr(checkpointing, "available_bytes", lambda free=free: free)
-        monkeypatch.setattr(checkpointing, "MARGIN", 1e-6)
+    for host, expected in ((1e12, 0), (8 * taken - 1, 1), (8 * taken - 3 * o - 1, 4), (0, 8)):
         chosen.attention_again, chosen.modes = 0, [OFFLOAD] * 9
-        chosen.fit_host(chosen.batch(h), h.device)
+        chosen.fit_host(chosen.batch(h), host)
         assert chosen.attention_again == expected
 
 
@@ -460,3 +458,19 @@ def test_gate_up_of_every_other_layer_waits_where_there_is_room(
         spills = [layer.spills for layer in fused.checkpointing.layers]
         assert spills == ([False, True, False, True, False] if waiting else [False] * 5)
         fused.unfuse()
+
+
+@pytest.mark.parametrize(
+    ("mode", "budget", "times"),
+    [(OFF, None, 0), (SELECTIVE, None, 1), (OFFLOAD, None, 1), (AUTO, None, 0), (AUTO, 1.0, 1)],
+)
+def test_the_host_is_asked_once_a_step(
+    mode, budget, times, roomy, make_peft, step, monkeypatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(checkpointing, "available_bytes", lambda: asked.append(None) or HOST_BYTES)
+    fused = apply(model := make_peft("llama"), ALL, checkpointing=mode, budget_bytes=budget)
+    step(model)
+    assert len(asked) == times
+    if mode == AUTO:
+        assert fused.checkpointing.modes == [OFFLOAD if budget else OFF] * 2
