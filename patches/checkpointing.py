@@ -69,6 +69,7 @@ class Checkpointing:
         modes: of each layer, as last planned.
         spilled: of each layer, whether its gate/up waits on the host.
         floor: `auto` plans no faster mode, after a step that ran out of memory.
+        may_spill: gate/up may wait on the host; not after such a step that had nothing else left.
         vocabulary: V of the head, which decides how large the loss's logits are.
     """
 
@@ -84,6 +85,7 @@ class Checkpointing:
         self.modes: list[str] = []
         self.spilled: list[bool] = []
         self.floor = OFF
+        self.may_spill = True
         self.vocabulary = VOCABULARY
         self.last_tape: Tape | None = None
         self._offloader: Offloader | None = None
@@ -186,7 +188,8 @@ class Checkpointing:
             device: the GPU.
             host: `host_bytes`, where this step has asked for them; None: they are asked for here.
         """
-        if torch.compiler.is_compiling():  # which could not follow what is timed
+        # A compiler could not follow what is timed.
+        if not self.may_spill or torch.compiler.is_compiling():
             return None
         host = self.host_bytes(device) if host is None else host
         limited = self.host_limit_bytes is not None
@@ -240,11 +243,15 @@ class Checkpointing:
         """
         if self.mode != AUTO or not self.modes:
             return None
-        dearest = min(MODES.index(mode) for mode in self.modes)
-        if dearest + 1 == len(MODES):
-            return None
-        self.floor = MODES[dearest + 1]
-        return self.floor
+        next_mode = 1 + min(MODES.index(mode) for mode in self.modes)
+        # Layers that the host has no room for stay `selective` under a floor of `offload`.
+        if next_mode < len(MODES) and MODES.index(self.floor) < next_mode:
+            self.floor = MODES[next_mode]
+            return self.floor
+        if any(self.spilled):
+            self.may_spill = False
+            return f"{self.floor}, with no gate/up on the host"
+        return None
 
 
 def own_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -331,6 +338,8 @@ class LayerCheckpointing:
 
     def stock(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A call that goes the stock way, checkpointed if the trainer wants it so."""
+        if self.index == 0:  # the first layer that is fused plans the forward pass
+            self.owner.modes = []
         function = getattr(self.module, "_gradient_checkpointing_func", None)
         if not (self.trainers and self.module.training and function is not None):
             return forward(*args, **kwargs)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from lorafuse.kernels import lora_mlp
 from lorafuse.kernels.lora_linear import fold_alignment
 from lorafuse.patches import checkpointing, offload, recomputation
 from lorafuse.patches.apply import OPERATIONS, apply
+from lorafuse.patches.decoder_layer import FusedDecoderLayer
+from lorafuse.patches.mlp import MlpReader
 from lorafuse.patches.modes import AUTO, MODES, OFF, OFFLOAD, SELECTIVE, TILE_ROWS
 from lorafuse.patches.spilling import Rates
 
@@ -384,6 +387,10 @@ def test_what_stands_in_for_the_trainers_own_is_said_at_once(make_peft) -> None:
     assert any("2 decoder layers keep their activations by" in note for note in fused.notes)
 
 
+def five_layers(make_peft, **options):
+    return make_peft(Qwen3Config(**SMALL | {"num_hidden_layers": 5}, **HEAD), **options)
+
+
 CARD_BYTES, HOST_BYTES = 80e9, 64e9
 
 
@@ -436,7 +443,7 @@ def test_gate_up_of_every_other_layer_waits_where_there_is_room(
     mode, roomy, made_again, make_peft, step, monkeypatch
 ) -> None:
     """Not the last one's, which is asked for at once: of two layers none would go."""
-    model = make_peft(Qwen3Config(**SMALL | {"num_hidden_layers": 5}, **HEAD), torch.bfloat16)
+    model = five_layers(make_peft, dtype=torch.bfloat16)
     fused = apply(model, ALL, checkpointing=OFF)
     off = step(model)
     fused.unfuse()
@@ -474,3 +481,134 @@ def test_the_host_is_asked_once_a_step(
     assert len(asked) == times
     if mode == AUTO:
         assert fused.checkpointing.modes == [OFFLOAD if budget else OFF] * 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_and_down_run_once(mode, made_again, make_peft, step, monkeypatch) -> None:
+    model = make_peft("llama")
+    fused = apply(model, ALL, checkpointing=mode)
+    ran: Counter[str] = Counter()
+    for kind, name in (
+        (FusedDecoderLayer, "project"), (FusedDecoderLayer, "attend"),
+        (FusedDecoderLayer, "add_attention"), (MlpReader, "__call__"),
+    ):  # fmt: skip
+        method = getattr(kind, name)
+
+        def counted(*args, method=method, name=name, **kwargs):
+            ran[name] += 1
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(kind, name, counted)
+    step(model)
+    assert modes_of(fused) == [mode] * 2
+    again = 2 * (mode != OFF)
+    assert ran == {"project": 2 + again, "attend": 2, "add_attention": 2 + again, "__call__": 2}
+    assert len(made_again) == again
+
+
+@pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD, AUTO])
+def test_dropout_packed_documents_and_accumulation_together(
+    mode, roomy, make_peft, tokens, monkeypatch
+) -> None:
+    """Two micro-batches into the same gradients; gate/up of some layers waits on the host."""
+    positions = torch.cat([torch.arange(12), torch.arange(8)]).repeat(2, 1).to(tokens.device)
+    model = five_layers(make_peft, lora_dropout=0.2)
+    results = []
+    for one in (OFF, mode):
+        fused = apply(model, ALL, checkpointing=one)
+        if one == AUTO:  # one of the five layers may keep all
+            batch = fused.checkpointing.batch(torch.empty(*tokens.shape, 64, device=tokens.device))
+            free = 1.01 * batch.bytes([SELECTIVE] * 4 + [OFF])
+            monkeypatch.setattr(fused.checkpointing, "free_bytes", lambda device, free=free: free)
+        torch.manual_seed(5)
+        for ids in (tokens, tokens.flip(1)):
+            loss = model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False).loss
+            loss.backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        results[-1]["loss"] = loss.detach()
+        results[-1]["rng"] = torch.rand(1)
+        model.zero_grad(set_to_none=True)
+        if one == AUTO:
+            assert fused.checkpointing.modes[-1] == OFF != fused.checkpointing.modes[0]
+        assert any(layer.spills for layer in fused.checkpointing.layers) == (one != OFF)
+        fused.unfuse()
+    equal(results[1], results[0])
+
+
+def test_a_longer_batch_is_planned_for(roomy, make_peft, step, tokens, monkeypatch) -> None:
+    model = five_layers(make_peft)
+    fused = apply(model, ALL, checkpointing=OFF)
+    batches = [tokens, tokens.repeat(4, 1), tokens]
+    off = [step(model, input_ids=ids, labels=ids) for ids in batches]
+    fused.unfuse()
+    chosen = (fused := apply(model, ALL, checkpointing=AUTO)).checkpointing
+    h = torch.empty(*tokens.shape, 64, device=tokens.device)
+    free = 1.01 * chosen.batch(h).bytes([OFF] * 5)
+    monkeypatch.setattr(chosen, "free_bytes", lambda device: free)
+    found = []
+    for ids, expected in zip(batches, off, strict=True):
+        equal(step(model, input_ids=ids, labels=ids), expected)
+        found.append(chosen.modes)
+    assert found[0] == found[2] == [OFF] * 5
+    assert found[1][0] != OFF
+
+
+def test_each_pass_is_planned_where_the_first_layer_goes_the_stock_way(
+    make_peft, step, monkeypatch
+) -> None:
+    model = make_peft("llama")
+    fused = apply(model, ALL, checkpointing=SELECTIVE)
+    planned_for: list[Tensor] = []
+    begin = checkpointing.Checkpointing.begin
+    monkeypatch.setattr(
+        checkpointing.Checkpointing,
+        "begin",
+        lambda owner, h: planned_for.append(h) or begin(owner, h),
+    )
+    hook = fused.checkpointing.layers[0].module.mlp.register_forward_hook(lambda *_: None)
+    for passes in (1, 2):
+        step(model)
+        assert len(planned_for) == passes
+    hook.remove()
+    step(model)
+    assert len(planned_for) == 3 and fused.checkpointing.modes == [SELECTIVE] * 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_that_goes_the_stock_way_keeps_the_trainers(
+    reentrant, make_peft, step, close
+) -> None:
+    model = make_peft("llama")
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    stock = step(model)
+    fused = apply(model, ALL, checkpointing=SELECTIVE)
+    ran: list[None] = []
+    mlp = fused.checkpointing.layers[1].module.mlp
+    mlp.register_forward_pre_hook(lambda *_: ran.append(None))
+    for _ in range(2):
+        ran.clear()
+        close(step(model), stock)
+        assert len(ran) == 2  # once more in backward
+    assert [layer.whole_calls for layer in fused.checkpointing.layers] == [2, 0]
+
+
+def test_what_is_cheaper_after_running_out_of_memory(roomy, device) -> None:
+    chosen = checkpointing.Checkpointing(AUTO)
+    assert chosen.cheaper() is None  # nothing has been planned
+    for modes, spilled, expected in (
+        ([SELECTIVE, OFF], [True, False], SELECTIVE),
+        ([SELECTIVE, SELECTIVE], [True, False], OFFLOAD),
+        ([OFFLOAD, SELECTIVE], [True, False], "offload, with no gate/up on the host"),
+    ):
+        assert chosen.spill(device) is not None
+        chosen.modes, chosen.spilled = modes, spilled
+        assert chosen.cheaper() == expected
+    assert chosen.spill(device) is None
+    # The host's limit keeps a layer `selective`: the same plan again would fail again.
+    chosen.spilled = [False, False]
+    assert chosen.cheaper() is None
+    for mode in MODES:
+        fixed = checkpointing.Checkpointing(mode)
+        fixed.modes = [mode]
+        assert fixed.cheaper() is None
