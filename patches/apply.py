@@ -27,7 +27,7 @@ from lorafuse.patches.attention import (
     SharedProjections,
 )
 from lorafuse.patches.bind import Binding, FusedForward, Unsupported, check_own_forwards
-from lorafuse.patches.checkpointing import AUTO, OFFLOAD, Checkpointing, CheckpointingRecord
+from lorafuse.patches.checkpointing import Checkpointing, CheckpointingRecord
 from lorafuse.patches.decoder_layer import FusedDecoderLayer
 from lorafuse.patches.documents import DocumentFinder
 from lorafuse.patches.fp8 import OPERATION as FP8
@@ -41,6 +41,7 @@ from lorafuse.patches.loss import (
     verify_log_probs,
 )
 from lorafuse.patches.mlp import FusedMlp
+from lorafuse.patches.modes import AUTO, OFFLOAD
 from lorafuse.patches.moe import FusedExperts, call_experts, ignored_adapters, small_copy
 from lorafuse.patches.norms import FusedRmsNorm
 from lorafuse.patches.positions import PositionLimit

@@ -35,10 +35,11 @@ from lorafuse.kernels.lora_o import lora_o
 from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.attention import AttentionReader, Pairing, take_cache
 from lorafuse.patches.bind import KV_CACHES, FusedForward, Unsupported
-from lorafuse.patches.checkpointing import LayerCheckpointing, LayerSizes, trainers_function
+from lorafuse.patches.checkpointing import LayerCheckpointing, trainers_function
 from lorafuse.patches.documents import DocumentFinder
 from lorafuse.patches.hooks import has_live_hooks
 from lorafuse.patches.layer_graphs import LayerGraphs, identity
+from lorafuse.patches.layer_sizes import LayerSizes
 from lorafuse.patches.mlp import MlpReader
 from lorafuse.patches.norms import apply_norm, prologue
 from lorafuse.patches.recomputation import Note, Tape, run_stage

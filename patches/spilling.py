@@ -13,14 +13,12 @@ computed.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from lorafuse.patches.host_memory import pinned_buffer
-
-if TYPE_CHECKING:
-    from lorafuse.patches.checkpointing import LayerSizes
+from lorafuse.patches.layer_sizes import LayerSizes
 
 __all__ = ["Rates", "evenly", "measured_rates", "shares", "spilled_layers"]
 
@@ -78,7 +76,7 @@ def _seconds(run: Callable[[], object], times: int) -> float:
 
 
 def shares(
-    layers: Sequence["LayerSizes"],
+    layers: Sequence[LayerSizes],
     taken: Sequence[int],
     tokens: int,
     length: int,

@@ -71,10 +71,9 @@ class WeightRoom:
 
     def undo(self) -> None:
         """Takes the weights out again, those that still lie there."""
-        if self._buffer is not None:
-            for i, weight in enumerate(self._parameters):
-                if weight.data_ptr() == self._part(i).data_ptr():
-                    weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+        for i, weight in enumerate(self._parameters):
+            if self._lies_here(i):
+                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
         self._buffer, self._reason = None, None
 
     def _why_not(self, index: int, x: Tensor) -> str | None:
@@ -82,14 +81,19 @@ class WeightRoom:
             if not self.readers[index].module.training or torch.is_inference_mode_enabled():
                 return _EVALUATES
             self._reason = self._why_not_move(compute_dtype(x)) or self._move()
-        if self._buffer is None:
-            return self._reason
-        weight, own = own_weight(self.readers[index]), self._parameters[index]
-        if weight is own and own.data_ptr() == self._part(index).data_ptr():
-            return None
-        # What is still a view keeps the memory.
-        self._buffer, self._reason = None, "a weight of its group was replaced (merged, or moved)"
+        own = self._parameters[index]
+        if self._reason is None and not (
+            own_weight(self.readers[index]) is own and self._lies_here(index)
+        ):
+            self._reason = "a weight of its group was replaced (merged, or moved)"
+            if not any(map(self._lies_here, range(len(self.readers)))):
+                self._buffer = None
         return self._reason
+
+    def _lies_here(self, index: int) -> bool:
+        if self._buffer is None:
+            return False
+        return self._parameters[index].data_ptr() == self._part(index).data_ptr()
 
     def _part(self, index: int) -> Tensor:
         """Where the weight of reader `index` lies."""

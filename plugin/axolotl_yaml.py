@@ -55,7 +55,17 @@ PARALLEL_OWNERS = {
 
 def names_plugin(settings: Settings) -> bool:
     """Whether `plugins` lists ours."""
-    return any(str(name).split(".")[0] == "lorafuse" for name in settings.get("plugins") or [])
+    return any(name.split(".")[0] == "lorafuse" for name in _plugins(settings))
+
+
+def _plugins(settings: Settings) -> list[str]:
+    found = settings.get("plugins") or []
+    if not isinstance(found, list):
+        raise FuseConfigError(
+            f"`plugins: {found!r}` is not supported; give a list, as in "
+            "`plugins: [lorafuse.LorafusePlugin]`"
+        )
+    return [str(name) for name in found]
 
 
 def read_flags(settings: Settings) -> FuseConfig | None:
@@ -83,12 +93,21 @@ def check(settings: Settings) -> FuseConfig | None:
 
 
 def why_aside(settings: Settings) -> str | None:
-    """The setting that gives the model's forwards to something else, or None."""
+    """The setting that gives the model's forwards to something else, or None.
+
+    Raises:
+        FuseConfigError: A number of GPUs that is none.
+    """
     for name, what in OWNERS.items():
         if settings.get(name):
             return f"`{name}` {what}; remove it to fuse"
     for name, what in PARALLEL_OWNERS.items():
-        if (settings.get(name) or 1) > 1:
+        count = settings.get(name) or 1
+        if not isinstance(count, int):
+            raise FuseConfigError(
+                f"`{name}: {count!r}` is not supported; give a whole number, or drop the line"
+            )
+        if count > 1:
             return f"`{name}: {settings[name]}` {what}; remove it to fuse"
     return None
 
@@ -116,7 +135,7 @@ def _refuse_axolotl_kernels(settings: Settings) -> None:
 def _refuse_second_cross_entropy(settings: Settings) -> None:
     found = [f"`{name}`" for name in OTHER_CROSS_ENTROPIES if settings.get(name)]
     # That plugin turns itself on.
-    named = any("cut_cross_entropy" in str(name) for name in settings.get("plugins") or [])
+    named = any("cut_cross_entropy" in name for name in _plugins(settings))
     if named and settings.get("cut_cross_entropy") is None:
         found.append("`cut_cross_entropy` (its plugin is listed in `plugins`)")
     if found:

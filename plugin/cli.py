@@ -272,6 +272,7 @@ def plan(
     Nothing is trained or downloaded, and neither a GPU nor weights are needed.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from lorafuse.plugin.config import MOST_GB
     from lorafuse.plugin.errors import FuseConfigError
     from lorafuse.plugin.plan_table import auto_table, cards_table, lines_below, modes_table
     from lorafuse.plugin.plan_target import read_GB, read_target, read_targets
@@ -281,11 +282,15 @@ def plan(
     try:
         if json is not None and not json.absolute().parent.is_dir():
             raise FuseConfigError(f"--json {json}: there is no folder {json.parent}")
-        if host is not None and host <= 0:
-            raise FuseConfigError(f"--host {host:g}: give the GB that offload may pin, above 0")
-        if memory is not None and memory <= 0:
+        if host is not None and not 0 <= host <= MOST_GB:
             raise FuseConfigError(
-                f"--memory {memory:g}: give the GB that auto may plan for, above 0"
+                f"--host {host:g}: give the GB of the host's memory that may be pinned, up to "
+                f"{MOST_GB:,}; 0 for none"
+            )
+        if memory is not None and not 0 < memory <= MOST_GB:
+            raise FuseConfigError(
+                f"--memory {memory:g}: give the GB that auto may plan for, above 0 and at most "
+                f"{MOST_GB:,}"
             )
         options = {
             "tokens": tokens,

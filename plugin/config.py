@@ -34,6 +34,8 @@ WITH_BASE_WEIGHTS = ("fused_lora_mlp", "fused_lora_qkv", "fused_lora_o")
 _NAMED = (*OPERATIONS, OPTIMIZER)
 EVERYTHING = "fused"
 PREFIX = "fused_"
+# Of memory, in GB: no machine has more, and who writes more means MB or bytes.
+MOST_GB = 10_000
 
 
 class FuseConfig(BaseModel):
@@ -96,8 +98,8 @@ class FuseConfig(BaseModel):
     fused_graphs: StrictBool = False
     fused_folded_weights: StrictBool = False
     fused_checkpointing: Literal["off", "selective", "offload", "auto"] = "auto"
-    fused_memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
-    fused_host_gb: float | None = Field(default=None, ge=0, allow_inf_nan=False, strict=True)
+    fused_memory_gb: float | None = Field(default=None, gt=0, le=MOST_GB, strict=True)
+    fused_host_gb: float | None = Field(default=None, ge=0, le=MOST_GB, strict=True)
     fused_strict: StrictBool = False
     fused_plugins: StrictBool = True
     fused_trace: StrictBool = False
@@ -240,15 +242,17 @@ def _explain_one(name: str, value: object) -> str:
             f"`fused_checkpointing: {_as_yaml(value)}` is not supported; use off, selective, "
             "offload or auto"
         )
+    written = repr(value) if isinstance(value, str) else _as_yaml(value)  # a number in quotes
     if name == "fused_memory_gb":
         return (
-            f"`fused_memory_gb: {_as_yaml(value)}` is not supported; give the GB of GPU memory "
-            "that fused_checkpointing: auto may plan for, as in 22.5"
+            f"`fused_memory_gb: {written}` is not supported; give the GB of GPU memory "
+            "that fused_checkpointing: auto may plan for, a number above 0 and at most "
+            f"{MOST_GB:,}, as in 22.5"
         )
     if name == "fused_host_gb":
         return (
-            f"`fused_host_gb: {_as_yaml(value)}` is not supported; give the GB of the host's "
-            "memory that activations may take, as in 32, or 0 for none"
+            f"`fused_host_gb: {written}` is not supported; give the GB of the host's "
+            f"memory that activations may take, a number up to {MOST_GB:,}, as in 32, or 0 for none"
         )
     if name == "fused_attention":
         return f"`fused_attention: {_as_yaml(value)}` is not supported; use auto, sdpa or off"

@@ -87,7 +87,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FuseConfigError(f"{path} is not a YAML file: {error}") from error
+        said = " ".join(str(error).split())
+        raise FuseConfigError(f"{path} is not a YAML file: {said}") from error
     if not isinstance(settings, dict):
         raise FuseConfigError(
             f"{path} is not an Axolotl YAML: it holds a {type(settings).__name__}, not settings"

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lorafuse.patches.apply import FusedModel, OperationRecord, Record, apply
-from lorafuse.patches.checkpointing import AUTO
 from lorafuse.patches.checkpointing import OPERATION as CHECKPOINTING
+from lorafuse.patches.modes import AUTO
 from lorafuse.patches.optimizer import fuse_optimizer
 from lorafuse.patches.structure import NO_EXPERTS
 from lorafuse.plugin import log

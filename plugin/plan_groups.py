@@ -19,6 +19,7 @@ FP32 = 4
 ALL_LINEAR = "all-linear"
 QUANTS = ("nf4", "none")
 OPTIMIZERS = ("adamw_8bit", "adamw")
+MOST = 10**9  # of tokens, rows, documents and ranks
 # Columns that the r-wide part of a folded GEMM is padded to on a GPU.
 GPU_FOLD_ALIGNMENT = fold_alignment(torch.device("cuda"))
 
@@ -63,8 +64,11 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 2), ("batch", 1), ("documents", 1), ("rank", 1)):
-            if getattr(self, name) < least:
-                raise FuseConfigError(f"--{name} {getattr(self, name)}: give {least} or more")
+            value = getattr(self, name)
+            if value < least:
+                raise FuseConfigError(f"--{name} {value}: give {least} or more")
+            if value > MOST:
+                raise FuseConfigError(f"--{name} {value}: give {MOST:,} or less")
         for name, known in (("quant", QUANTS), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in known:
                 raise FuseConfigError(

@@ -31,8 +31,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lorafuse.kernels.linear_cross_entropy import chunk_rows
-from lorafuse.patches import checkpointing, host_memory, recomputation
-from lorafuse.patches.checkpointing import MODES, OFF, OFFLOAD, SELECTIVE
+from lorafuse.patches import host_memory, recomputation
+from lorafuse.patches.modes import MODES, OFF, OFFLOAD, SELECTIVE, TILE_ROWS
 from lorafuse.patches.offload import WINDOW
 from lorafuse.plugin.plan_groups import BF16, FP32, GroupShape, LayerGroups, Workload
 from lorafuse.plugin.plan_model import LayerShape
@@ -277,7 +277,7 @@ class Step:
 
     def tile(self, i: int) -> tuple[int, int]:
         """(tiles, rows of the largest) that the MLP goes through the tokens in."""
-        most = checkpointing.TILE_ROWS.get(self.modes[i], self.T)
+        most = TILE_ROWS.get(self.modes[i], self.T)
         count = -(-self.T // most)
         return count, -(-self.T // count)
 

@@ -13,7 +13,7 @@ from lorafuse.plugin.doctor import read_yaml
 from lorafuse.plugin.errors import FuseConfigError
 from lorafuse.plugin.geometries import keep_layers
 from lorafuse.plugin.geometry_table import GEOMETRIES
-from lorafuse.plugin.plan_groups import ALL_LINEAR, Targets, Workload
+from lorafuse.plugin.plan_groups import ALL_LINEAR, MOST, Targets, Workload
 from lorafuse.plugin.plan_model import model_shape
 from lorafuse.plugin.sketch import load_config, training_dtype
 
@@ -68,7 +68,7 @@ def read_target(target: str, options: Mapping[str, Any]) -> tuple[Workload, list
         config, name = load_config(settings), str(settings["base_model"])
     elif target in GEOMETRIES:
         settings, fields, config, name = {}, dict(DEFAULTS), GEOMETRIES[target].config(), target
-    elif path.is_dir():
+    elif target and path.is_dir():
         settings, fields, name = {"base_model": target}, dict(DEFAULTS), target
         config = load_config(settings)
     else:
@@ -113,9 +113,9 @@ def _unknown(target: str) -> str:
     near = get_close_matches(target, GEOMETRIES, n=1, cutoff=0.5)
     meant = f"did you mean `{near[0]}`? " if near else ""
     return (
-        f"{target} is neither a YAML file, nor a geometry, nor a folder; {meant}the geometries "
-        f"are {', '.join(GEOMETRIES)}; or give an Axolotl YAML, or the folder of a model, which at "
-        "least holds a config.json"
+        f"{target or repr(target)} is neither a YAML file, nor a geometry, nor a folder; {meant}"
+        f"the geometries are {', '.join(GEOMETRIES)}; or give an Axolotl YAML, or the folder of a "
+        "model, which at least holds a config.json"
     )
 
 
@@ -126,6 +126,8 @@ def _fields(settings: Settings) -> tuple[dict[str, Any], list[str]]:
             f"`adapter: {settings.get('adapter')}` is not predicted; `lorafuse plan` is for "
             "`adapter: lora` and `adapter: qlora`"
         )
+    quantised = _switch(settings, "load_in_4bit")
+    _switch(settings, "load_in_8bit")
     for name, why in _UNPREDICTED.items():
         if settings.get(name):
             raise FuseConfigError(
@@ -155,11 +157,16 @@ def _fields(settings: Settings) -> tuple[dict[str, Any], list[str]]:
             "packed rows are counted as one document each; of several, attention takes less time"
         )
     quantisation = settings.get("bnb_config_kwargs") or {}
+    if not isinstance(quantisation, Mapping):
+        raise FuseConfigError(
+            f"`bnb_config_kwargs: {quantisation!r}` is not supported; give settings, as in "
+            "`bnb_4bit_use_double_quant: true`, or drop the line"
+        )
     fields = {
-        "tokens": _whole(settings, "sequence_len", _SEQUENCE_LEN),
+        "tokens": _whole(settings, "sequence_len", _SEQUENCE_LEN, least=2),
         "batch": _whole(settings, "micro_batch_size", _MICRO_BATCH),
         "rank": _whole(settings, "lora_r", _LORA_R),
-        "quant": "nf4" if settings.get("load_in_4bit") else "none",
+        "quant": "nf4" if quantised else "none",
         "double_quant": bool(quantisation.get("bnb_4bit_use_double_quant", True)),
         "targets": _targets(settings),
         "optimizer": _OPTIMIZERS[optimizer],
@@ -169,20 +176,36 @@ def _fields(settings: Settings) -> tuple[dict[str, Any], list[str]]:
     return fields, notes
 
 
-def _whole(settings: Settings, name: str, default: int) -> int:
+def _whole(settings: Settings, name: str, default: int, least: int = 1) -> int:
     value = settings.get(name)
     if value is None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise FuseConfigError(f"`{name}: {value}` is not supported; give a whole number from 1 on")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
+        raise FuseConfigError(
+            f"`{name}: {value!r}` is not supported; give a whole number from {least} to {MOST:,}"
+        )
     return value
+
+
+def _switch(settings: Settings, name: str) -> bool:
+    value = settings.get(name)
+    if value not in (None, True, False):
+        raise FuseConfigError(f"`{name}: {value!r}` is not supported; write true or false")
+    return bool(value)
 
 
 def _targets(settings: Settings) -> Targets:
     named = settings.get("lora_target_modules")
     if settings.get("lora_target_linear") or not named:
         return ALL_LINEAR
-    return named if isinstance(named, str) else tuple(str(one) for one in named)
+    if isinstance(named, str):
+        return named
+    if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
+        raise FuseConfigError(
+            f"`lora_target_modules: {named!r}` is not supported; give a list of names, as in "
+            "[q_proj, v_proj], or a regular expression"
+        )
+    return tuple(named)
 
 
 def _own_quantisation(config: PretrainedConfig, name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ it, whichever is longer; in `offload` a layer takes no less than its copies.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorafuse.patches.checkpointing import MODES, OFF, OFFLOAD
+from lorafuse.patches.modes import MODES, OFF, OFFLOAD
 from lorafuse.plugin.plan_groups import GroupShape, Workload
 from lorafuse.plugin.plan_model import LayerShape
 

@@ -9,17 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lorafuse.patches import checkpointing
-from lorafuse.patches.checkpointing import (
-    EVERY_OTHER,
-    MODES,
-    OFFLOAD,
-    SELECTIVE,
-    Batch,
-    Decision,
-    LayerSizes,
-    Spill,
-)
+from lorafuse.patches.layer_sizes import LayerSizes
+from lorafuse.patches.memory_plan import EVERY_OTHER, Batch, Decision, Spill, spare_bytes
+from lorafuse.patches.modes import MODES, OFFLOAD, SELECTIVE
 from lorafuse.patches.spilling import Rates
 from lorafuse.plugin.plan_groups import BF16, Workload, shown
 from lorafuse.plugin.plan_memory import PARTS, STOCK, Memory, Step, gradient_bytes, stock_memory
@@ -237,7 +229,7 @@ def auto_decision(
     step = Step(workload, MODES[0])
     step.begin()
     allocated, total = step.ledger.total, card_GB * GB
-    free = checkpointing.spare_bytes(
+    free = spare_bytes(
         total - CONTEXT_BYTES - allocated, total, allocated,
         None if budget_GB is None else budget_GB * GB,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
@@ -52,7 +53,7 @@ def load_config(settings: Settings) -> PretrainedConfig:
     """The config of `base_model`, from a folder or the local cache; nothing is downloaded.
 
     Raises:
-        FuseConfigError: There is none here.
+        FuseConfigError: There is none here, or it cannot be overridden so.
     """
     name = str(settings.get("base_model_config") or settings["base_model"])
     folder = Path(name)
@@ -67,16 +68,29 @@ def load_config(settings: Settings) -> PretrainedConfig:
             trust_remote_code=settings.get("trust_remote_code") is True,
             revision=settings.get("revision_of_model") or "main",
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassFieldValidationError) as error:
         if folder.is_dir():
-            raise FuseConfigError(f"the config of {name} cannot be read: {error}") from error
+            said = " ".join(str(error).split())
+            raise FuseConfigError(f"the config of {name} cannot be read: {said}") from error
         raise FuseConfigError(
             f"{name} is neither a folder here nor a model in the local Hugging Face cache, and "
             "nothing is downloaded; fetch its config (no weights) with "
             f"`hf download {name} config.json`, or give a folder"
         ) from error
-    for key, value in (settings.get("overrides_of_model_config") or {}).items():
-        setattr(config, key, value)
+    overrides = settings.get("overrides_of_model_config") or {}
+    if not isinstance(overrides, Mapping):
+        raise FuseConfigError(
+            f"`overrides_of_model_config: {overrides!r}` is not supported; give settings of the "
+            "model's config, as in `num_hidden_layers: 8`, or drop the line"
+        )
+    for key, value in overrides.items():
+        try:
+            setattr(config, key, value)
+        except StrictDataclassFieldValidationError as error:
+            raise FuseConfigError(
+                f"`overrides_of_model_config: {{{key}: {value!r}}}` is not supported by "
+                f"{type(config).__name__}: {' '.join(str(error).split())}"
+            ) from error
     return config
 
 

@@ -3,6 +3,7 @@
     export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
     python integration_tests/gpu/memory_points.py --json points.json      # an H100, under 150 s
     python integration_tests/gpu/memory_points.py --markdown points.json  # the table, for a page
+    python integration_tests/gpu/memory_points.py --anew points.json      # predicts them again
     python integration_tests/gpu/memory_points.py --smoke                 # tiny, on a CPU too
 
 Each point is one whole step (8-bit AdamW, bf16 autocast, clipped gradients) after an untimed one:
@@ -240,6 +241,26 @@ class Runner:
             torch.cuda.empty_cache()
 
 
+def predicted_anew(points: Sequence[Point]) -> list[Point]:
+    """The same measurements, beside what the planner says today."""
+    shapes: dict[tuple[str, int], ModelShape] = {}
+    found = []
+    for p in points:
+        key = p.model, p.layers
+        if key not in shapes:
+            shapes[key] = model_shape(p.model, find_model(*key).config)
+        case = Case(p.model, p.layers, p.quant, {})
+        again = predicted(case, shapes[key], p.rank, p.batch, p.tokens, p.mode, p.spilled)
+        names = ("predicted_bytes", "moment", "parts", "rest_predicted_bytes")
+        found.append(replace(p, **{name: getattr(again, name) for name in names}))
+    return found
+
+
+def write(file: Path, content: dict[str, Any], points: Sequence[Point]) -> None:
+    content = content | {"points": [asdict(point) for point in points]}
+    file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
 def markdown(content: dict[str, Any]) -> str:
     """The table of a JSON file that this script wrote, and a line on its errors."""
     points = [Point(**one) for one in content["points"]]
@@ -287,7 +308,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, steps on a CPU too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path, metavar="JSON", help="print its table, and go")
+    parser.add_argument("--anew", type=Path, metavar="JSON", help="predict it again, write, and go")
     args = parser.parse_args(arguments)
+    if args.anew:
+        content = json.loads(args.anew.read_text("utf-8"))
+        write(args.anew, content, predicted_anew([Point(**one) for one in content["points"]]))
+        return 0
     if args.markdown:
         print(markdown(json.loads(args.markdown.read_text("utf-8"))))
         return 0
@@ -306,9 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "gpu": torch.cuda.get_device_name() if runner.on_gpu else None,
             "versions": versions(),
             "date": time.strftime("%Y-%m-%d"),
-            "points": [asdict(point) for point in runner.points],
         }
-        args.json.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        write(args.json, content, runner.points)
     errors = [abs(p.error) for p in runner.points if p.error is not None]
     return int(bool(errors) and max(errors) > BOUND)
 

@@ -6,8 +6,8 @@ from transformers import LlamaConfig
 
 from lorafuse.patches import checkpointing, host_memory
 from lorafuse.patches.apply import OPERATIONS, apply
-from lorafuse.patches.checkpointing import OFF, OFFLOAD
 from lorafuse.patches.host_memory import embedding_table
+from lorafuse.patches.modes import OFF, OFFLOAD
 
 from .conftest import SMALL
 

@@ -16,8 +16,8 @@ from peft import LoraConfig
 from lorafuse.patches import apply as apply_module
 from lorafuse.patches import layer_graphs
 from lorafuse.patches.apply import OPERATIONS, apply
-from lorafuse.patches.checkpointing import OFF, SELECTIVE
 from lorafuse.patches.layer_graphs import MOST, OPERATION, WARM
+from lorafuse.patches.modes import OFF, SELECTIVE
 
 ALL = dict.fromkeys(OPERATIONS, True)
 # Biases, norms on heads, norms behind the blocks, one projection for q/k/v, layers without RoPE,

@@ -381,16 +381,26 @@ def test_inside_the_trainers_checkpointing(family, reentrant, enabled, make, ste
 
 
 @pytest.mark.parametrize("mode", ["off", "selective", "offload", "auto"])
-def test_beside_our_own_checkpointing_of_dense_layers(mode, make, step, close) -> None:
-    """DeepSeek's first layers are dense; Qwen2's, too, where the config says so."""
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_beside_our_own_checkpointing_of_dense_layers(mode, reentrant, make, step, close) -> None:
+    """DeepSeek's first layers are dense; Qwen2's, too, where the config says so.
+
+    The trainer's own, where it is on, stays on the layer that is fused in parts.
+    """
     config = CONFIGS["qwen2"]()
     config.mlp_only_layers = [0]
     torch.manual_seed(0)
     model = make(AutoModelForCausalLM.from_config(config), ADAPTED["both"])
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     stock = step(model)
     fused = apply(model, ALL, checkpointing=mode)
     ours = step(model)
+    layers = model.get_base_model().model.layers
+    assert [layer.gradient_checkpointing for layer in layers] == [False, reentrant is not None]
     assert_fused(fused, 1)
+    assert [r.calls for r in moe_records(fused)] == [1 if reentrant is None else 2]
     assert [r.level for r in fused.records if r.operation == "lora_qkv"] == ["layer", "part"]
     close(ours, stock)
 

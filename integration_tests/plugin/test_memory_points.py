@@ -4,11 +4,13 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "gpu" / "memory_points.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "integration_tests" / "gpu" / "memory_points.py"
 MEASURED = SCRIPT.with_name("memory_points_h100.json")
 
 
@@ -37,16 +39,33 @@ def test_tiny_steps_run(script: ModuleType, tmp_path: Path) -> None:
 def test_the_planner_still_predicts_what_was_measured(script: ModuleType) -> None:
     """Of an H100's peaks, at most 4 % off; lorafuse promises 5."""
     content = json.loads(MEASURED.read_text("utf-8"))
-    assert "H100" in content["gpu"] and len(content["points"]) >= 20
-    shapes = {}
-    for one in content["points"]:
-        key = one["model"], one["layers"]
-        if key not in shapes:
-            shapes[key] = script.model_shape(key[0], script.find_model(key[0], key[1]).config)
-        case = script.Case(one["model"], one["layers"], one["quant"], {})
-        where = (one[name] for name in ("rank", "batch", "tokens", "mode"))
-        point = script.predicted(case, shapes[key], *where, one.get("spilled", ()))
-        assert point.predicted_bytes == pytest.approx(one["measured_bytes"], rel=0.04), point.line()
+    points = script.predicted_anew([script.Point(**one) for one in content["points"]])
+    assert "H100" in content["gpu"] and len(points) >= 20
+    for name, least in (("model", 5), ("rank", 4), ("batch", 3), ("tokens", 8), ("mode", 3)):
+        assert len({getattr(point, name) for point in points}) >= least, name
+    for point in points:
+        assert point.predicted_bytes == pytest.approx(point.measured_bytes, rel=0.04), point.line()
+
+
+def test_the_page_and_the_readme_say_so(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a change of the planner: `memory_points.py --anew`, then `--markdown` into the page."""
+    file = tmp_path / "points.json"
+    file.write_bytes(MEASURED.read_bytes())
+    assert script.main(["--anew", str(file)]) == 0
+    assert file.read_bytes() == MEASURED.read_bytes()
+    assert script.main(["--markdown", str(file)]) == 0
+    table = capsys.readouterr().out
+    assert (ROOT / "plugin" / "PLAN_ERRORS.md").read_text("utf-8").endswith(f"\n{table}")
+    points = [script.Point(**one) for one in json.loads(file.read_text("utf-8"))["points"]]
+    sizes = [abs(point.error) for point in points]
+    said = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert f"{len(points)} measured peaks" in said
+    assert (
+        f"to within {max(sizes):.1%}, half of them to {median(sizes):.1%}".replace("%", " %")
+        in said
+    )
 
 
 def test_there_are_enough_points(script: ModuleType, tmp_path: Path) -> None:

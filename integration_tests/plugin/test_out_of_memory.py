@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from lorafuse import LorafuseCallback
 from lorafuse.patches import checkpointing
-from lorafuse.patches.checkpointing import OFF, OFFLOAD, SELECTIVE
+from lorafuse.patches.modes import OFF, OFFLOAD, SELECTIVE
 
 from .test_trl import build, logs
 

@@ -13,8 +13,8 @@ from transformers import Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig
 from lorafuse import FuseConfig, fuse
 from lorafuse.kernels import adam_8bit, linear_cross_entropy
 from lorafuse.kernels.lora_linear import Group, LoraProjection, fold_alignment
-from lorafuse.patches import checkpointing
-from lorafuse.patches.checkpointing import Batch
+from lorafuse.patches import layer_sizes as auto_sizes
+from lorafuse.patches.memory_plan import Batch
 from lorafuse.plugin import plan_memory
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.bench_model import base_model
@@ -510,9 +510,9 @@ def test_a_ledger_knows_its_highest_moment() -> None:
 
 def test_constants_of_the_kernels_are_what_they_were() -> None:
     assert plan_memory._LOGIT_BYTES == linear_cross_entropy._GPU_CHUNK_BYTES
-    assert checkpointing._LOGIT_BYTES == linear_cross_entropy._GPU_CHUNK_BYTES
+    assert auto_sizes._LOGIT_BYTES == linear_cross_entropy._GPU_CHUNK_BYTES
     assert plan_memory._SCALED_ROWS == linear_cross_entropy._SCALED_ROWS
-    assert checkpointing._SCALED_ROWS == linear_cross_entropy._SCALED_ROWS
+    assert auto_sizes._SCALED_ROWS == linear_cross_entropy._SCALED_ROWS
     assert plan_memory._ADAM_BLOCK == adam_8bit.BLOCK
 
 

@@ -31,7 +31,7 @@ from lorafuse.kernels import linear_cross_entropy, lora_linear, lora_mlp, lora_q
 from lorafuse.kernels.glu_adapters import GluAdapterGradients
 from lorafuse.kernels.lora_linear import fold_alignment
 from lorafuse.patches import checkpointing, offload, recomputation
-from lorafuse.patches.checkpointing import MODES, OFF, OFFLOAD, SELECTIVE
+from lorafuse.patches.modes import MODES, OFF, OFFLOAD, SELECTIVE, TILE_ROWS
 from lorafuse.plugin import plan_memory
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.bench_model import base_model
@@ -260,7 +260,8 @@ def test_a_real_step_allocates_what_is_planned(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD])
 def test_an_mlp_in_tiles(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpointing, "TILE_ROWS", {SELECTIVE: 130, OFFLOAD: 60})
+    monkeypatch.setitem(TILE_ROWS, SELECTIVE, 130)
+    monkeypatch.setitem(TILE_ROWS, OFFLOAD, 60)
     check(family, "nf4", 128, [mode] * 5, 5)
 
 
