@@ -44,6 +44,7 @@ class Workload:
         adapter_bytes: Of one element of A or B: 4 (PEFT keeps masters in fp32), 2 without.
         accumulates: Gradients of an earlier micro-batch are there when a step begins.
         fold_alignment: Columns that r-wide parts are padded to; a GPU's by default.
+        folded_weights: With `fused_folded_weights`: bf16 weights lie in buffers with room for LoRA.
 
     Raises:
         FuseConfigError: A value that is not supported, or targets that no layer has.
@@ -61,6 +62,7 @@ class Workload:
     adapter_bytes: int = FP32
     accumulates: bool = False
     fold_alignment: int = GPU_FOLD_ALIGNMENT
+    folded_weights: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 2), ("batch", 1), ("documents", 1), ("rank", 1)):
@@ -123,6 +125,7 @@ class Workload:
             bias=any(linear.bias for linear in linears),
             quantised=self.quant == "nf4",
             align=self.fold_alignment,
+            has_room=self.quant == "none" and self.folded_weights,
         )
 
     def groups(self, layer: LayerShape) -> "LayerGroups":
@@ -155,6 +158,7 @@ class GroupShape:
         ranks, outs: of each projection; rank 0: no adapter.
         quantised: W is written in bf16 afresh in each pass.
         align: see `Workload.fold_alignment`.
+        has_room: W lies in a buffer [N + F, K + F], where it is multiplied from.
     """
 
     K: int
@@ -164,6 +168,7 @@ class GroupShape:
     bias: bool
     quantised: bool
     align: int
+    has_room: bool = False
 
     @property
     def rank(self) -> int:
@@ -177,14 +182,25 @@ class GroupShape:
     def fold_backward(self) -> int:
         return fold_columns(self.rank, self.align)
 
+    @property
+    def copies_weight(self) -> bool:
+        """Folding copies W."""
+        return not (self.quantised or self.has_room)
+
+    @property
+    def room_bytes(self) -> int:
+        """Beside and below W, where it has a room."""
+        F = self.fold_forward if self.has_room and self.rank else 0
+        return BF16 * ((self.N + F) * (self.K + F) - self.N * self.K)
+
     def folds_forward(self, T: int, copies_input: bool) -> bool:
         return self.fold_forward > 0 and folding_pays(
-            T, self.K, self.N, copies_input=copies_input, copies_weight=not self.quantised
+            T, self.K, self.N, copies_input=copies_input, copies_weight=self.copies_weight
         )
 
     def folds_backward(self, T: int, copies_input: bool) -> bool:
         return self.fold_backward > 0 and folding_pays(
-            T, self.N, self.K, copies_input=copies_input, copies_weight=not self.quantised
+            T, self.N, self.K, copies_input=copies_input, copies_weight=self.copies_weight
         )
 
     def gradient_room(self, T: int) -> int:
@@ -194,19 +210,21 @@ class GroupShape:
     def forward_weight_bytes(self, folds: bool) -> int:
         """The buffer that the forward GEMM reads W from: [N, K + F], one W_i [N_i, K], or none."""
         if folds:
-            return BF16 * self.N * (self.K + self.fold_forward)
+            return 0 if self.has_room else BF16 * self.N * (self.K + self.fold_forward)
         plain = BF16 * max(self.outs) * self.K if self.quantised else 0
         return plain + BF16 * self.N * self.fold_forward  # and sB [N, F]
 
     @property
     def kept_weight_bytes(self) -> int:
         """One buffer for both GEMMs: [N + F, K + F]."""
+        if self.has_room:
+            return 0
         return BF16 * (self.N + self.fold_backward) * (self.K + self.fold_forward)
 
     def backward_weight_bytes(self, folds: bool) -> int:
         """The same of dX's GEMM: [N + F, K], one W_i, or none."""
         if folds:
-            return BF16 * self.K * (self.N + self.fold_backward)
+            return 0 if self.has_room else BF16 * self.K * (self.N + self.fold_backward)
         return BF16 * max(self.outs) * self.K if self.quantised else 0
 
 

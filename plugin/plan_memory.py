@@ -28,7 +28,7 @@ blocks (Gemma 2) keep the blocks' outputs, `selective` only the MLP's: down is n
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lorafuse.kernels.linear_cross_entropy import chunk_rows
 from lorafuse.patches import host_memory, recomputation
@@ -131,7 +131,8 @@ def weight_bytes(workload: Workload) -> int:
     model = workload.model
     others = model.parameters - sum(linear.elements for linear in model.linears)
     if workload.quant == "none":
-        return BF16 * model.parameters
+        groups = (group for layer in model.layers for group in workload.groups(layer))
+        return BF16 * model.parameters + sum(group.room_bytes for group in groups)
     total = BF16 * others
     for linear in model.linears:
         blocks = -(-linear.elements // _NF4_BLOCK)
@@ -641,6 +642,7 @@ def stock_memory(workload: Workload) -> Memory:
     8 I of each layer agree with the growth from 512 to 2,048 tokens that was measured on an H100,
     Llama-3.1-8B, 2026-11-25: 184 kB a token and layer.)
     """
+    workload = replace(workload, folded_weights=False)
     T, model = workload.rows, workload.model
     own = adapter_bytes(workload)
     h = BF16 * T * model.hidden

@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from lorafuse.plugin.axolotl_yaml import check, why_aside
+from lorafuse.plugin.config import FOLDED_WEIGHTS
 from lorafuse.plugin.doctor import read_yaml
 from lorafuse.plugin.errors import FuseConfigError
 from lorafuse.plugin.geometries import keep_layers
@@ -172,6 +173,7 @@ def _fields(settings: Settings) -> tuple[dict[str, Any], list[str]]:
         "optimizer": _OPTIMIZERS[optimizer],
         "adapter_bytes": 2 if settings.get("peft_autocast_adapter_dtype") is False else 4,
         "accumulates": _whole(settings, "gradient_accumulation_steps", 1) > 1,
+        "folded_weights": settings.get(FOLDED_WEIGHTS) is True,
     }
     return fields, notes
 

@@ -15,6 +15,7 @@ from lorafuse.kernels import adam_8bit, linear_cross_entropy
 from lorafuse.kernels.lora_linear import Group, LoraProjection, fold_alignment
 from lorafuse.patches import layer_sizes as auto_sizes
 from lorafuse.patches.memory_plan import Batch
+from lorafuse.patches.weight_room import WeightRoomRecord
 from lorafuse.plugin import plan_memory
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.bench_model import base_model
@@ -46,6 +47,7 @@ from lorafuse.plugin.planner import (
     predict,
     usable_bytes,
 )
+from lorafuse.plugin.report import FuseReport
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -116,21 +118,41 @@ def saved_bytes(model: nn.Module, batch: int, tokens: int) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.parametrize("quant", ["nf4", "none"])
+def room_bytes(report: FuseReport) -> int:
+    """Of the buffers that weights have moved into, beside the weights."""
+    records = [r for r in report._records if isinstance(r, WeightRoomRecord)]
+    rooms = {id(r.room): r.room for r in records if r.room is not None}
+    total = 0
+    for room in rooms.values():
+        assert room._buffer is not None
+        total += room._buffer.nbytes - sum(weight.nbytes for weight in room._parameters)
+    return total
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none", "folded"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_kept_activations_are_what_autograd_saves(family: str, quant: str) -> None:
     pytest.importorskip("bitsandbytes")
+    folded, quant = quant == "folded", quant.replace("folded", "none")
     config = CONFIGS[family]()
     if model_shape("small", config).eager:
         pytest.skip("eager attention is not predicted, and the plan says so")
     model = trained(config, quant, 4, "all-linear")
-    report = fuse(model, FuseConfig())
+    report = fuse(model, FuseConfig(fused_folded_weights=folded))
     layers = report.to_dict()["operations"]
     assert layers["lora_mlp"]["fused"] == 2 and layers["cross_entropy"]["fused"] == 1
+    if folded:
+        saved_bytes(model, 2, 24)  # moves them
+        one, other = (
+            weight_bytes(workload(config, quant=quant, folded_weights=on)) for on in (True, False)
+        )
+        assert room_bytes(report) == one - other > 0
     # Fewer tokens than features, where folding does not pay for bf16 weights, and more.
     for tokens in (24, 120):
         measured = saved_bytes(model, 2, tokens)
-        kept = kept_after_forward(workload(config, quant=quant, tokens=tokens))
+        kept = kept_after_forward(
+            workload(config, quant=quant, tokens=tokens, folded_weights=folded)
+        )
         if config.model_type == "qwen3":
             # cos and sin in bf16, which the rotary kernel saves where it is a step of its own; the
             # planner has them among the buffers of every model.
