@@ -35,6 +35,7 @@ from lorafuse.kernels.linear_cross_entropy import (
     linear_cross_entropy,
 )
 from lorafuse.kernels.lora_linear import LoraProjection
+from lorafuse.patches.eager import never_traced
 
 __all__ = ["DeferredLogits", "HeadCall", "LabelBound"]
 
@@ -277,6 +278,7 @@ class DeferredLogits(torch.Tensor):
         return log_p.exp() if self.form == "p" else log_p.exp() * log_p
 
     @classmethod
+    @never_traced
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
