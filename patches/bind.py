@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lorafuse.patches.eager import never_traced
+from lorafuse.kernels.eager import never_traced
 from lorafuse.patches.signature import plain
 
 # Where transformers passes a KV cache: from 5.24 on by the first name, before by the others.

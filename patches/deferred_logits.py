@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from lorafuse.kernels.eager import never_traced
 from lorafuse.kernels.linear_cross_entropy import (
     CrossEntropyOptions,
     LinearCrossEntropy,
     linear_cross_entropy,
 )
 from lorafuse.kernels.lora_linear import LoraProjection
-from lorafuse.patches.eager import never_traced
 
 __all__ = ["DeferredLogits", "HeadCall", "LabelBound"]
 
@@ -249,6 +249,7 @@ class DeferredLogits(torch.Tensor):
                 self.stock_logits.register_hook(self._run_hooks)  # type: ignore[no-untyped-call]
         return self.stock_logits
 
+    @never_traced
     def _run_hooks(self, gradient: Tensor) -> Tensor:
         for hook in list(self.hooks.values()):
             changed = hook(gradient)

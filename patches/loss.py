@@ -30,11 +30,11 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
+from lorafuse.kernels.eager import not_traced_itself, set_tracer, tracing_again
 from lorafuse.kernels.lora_linear import LoraProjection
 from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.bind import KV_CACHES, FusedForward, Unsupported
 from lorafuse.patches.deferred_logits import DeferredLogits, HeadCall, LabelBound
-from lorafuse.patches.eager import not_traced_itself, set_tracer, tracing_again
 from lorafuse.patches.hooks import has_live_hooks
 from lorafuse.patches.log_probs import ARGUMENT, forward_with
 from lorafuse.patches.weights import WeightReader, check_plain

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafuse.kernels.adam_8bit import AdamOptions, AdamTensor, adam_8bit_triton_, serves
-from lorafuse.patches.eager import never_traced
+from lorafuse.kernels.eager import never_traced
 
 __all__ = ["UnwaitingStep", "fuse_optimizer"]
 

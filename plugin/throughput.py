@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lorafuse.patches.eager import never_traced
+from lorafuse.kernels.eager import never_traced
 
 GB = 1e9
 

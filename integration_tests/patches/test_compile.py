@@ -214,6 +214,29 @@ def test_evaluation_a_cache_and_a_compiled_reader_of_logits(make, tokens) -> Non
     assert calls(fused)["cross_entropy", "base_model.model"] == 4
 
 
+# Tracing all of backward takes 40 s on a CPU.
+@pytest.mark.parametrize("backward_too", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_a_whole_step_may_be_compiled(backward_too, make, tokens, step, close) -> None:
+    model = make("llama")
+    fused = apply(model, ALL, checkpointing="selective")
+    eager = step(model)
+    once = calls(fused)
+
+    def train(ids: Tensor) -> Tensor:
+        loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    with torch._dynamo.config.patch(compiled_autograd=backward_too):
+        compiled = torch.compile(train, backend="eager")
+        for count in (2, 3):
+            model.zero_grad()
+            ours = {"loss": compiled(tokens)}
+            ours |= {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            close(ours, eager, 1e-5)
+            assert calls(fused) == {key: count * n for key, n in once.items()}
+
+
 def test_other_adapters_after_compiling(make, step, close) -> None:
     model = make("llama")
     apply(model, ALL)
