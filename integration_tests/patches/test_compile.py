@@ -272,12 +272,13 @@ def test_a_graph_without_breaks_is_refused_with_the_reason(make, tokens) -> None
         ("llama", ALL, {}),
         ("llama", PARTS, {"nf4": True}),
         ("qwen3", ALL | STOCK_LOSS, {}),
-        ("mixtral", ALL, {}),
+        # in 16 bit, another rounding may choose another expert
+        ("mixtral", ALL, {"dtype": torch.float32}),
     ],
     ids=["llama", "parts", "loss", "mixtral"],
 )
 def test_inductor_on_a_gpu(family, operations, options, dynamic, mode, make, step, close) -> None:
-    model = make(family, dtype=torch.bfloat16, **options)
+    model = make(family, **{"dtype": torch.bfloat16} | options)
     fused = apply(model, operations)
     eager = step(model)
     once = calls(fused)
