@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafuse.kernels.eager import EagerFunction
 from lorafuse.kernels.runtime import (
     cached_launch,
     cdiv,
@@ -228,7 +229,7 @@ def _glu_bwd(
         output.copy_(result)
 
 
-class GLUFunction(torch.autograd.Function):
+class GLUFunction(EagerFunction):
     """act(gate) * up with the backward pass derived by hand."""
 
     @staticmethod

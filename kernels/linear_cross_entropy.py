@@ -39,6 +39,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafuse.kernels import cross_entropy_rows
 from lorafuse.kernels.cross_entropy_rows import CrossEntropyOptions, cross_entropy_rows_
+from lorafuse.kernels.eager import EagerFunction
 from lorafuse.kernels.runtime import mm_fp32
 
 __all__ = [
@@ -224,7 +225,7 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-class LinearCrossEntropyFunction(torch.autograd.Function):
+class LinearCrossEntropyFunction(EagerFunction):
     """forward -> (loss, valid, correct, entropy sum, labelled, row entropy, row prediction)."""
 
     @staticmethod

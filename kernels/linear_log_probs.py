@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafuse.kernels import cross_entropy_rows
 from lorafuse.kernels.cross_entropy_rows import CrossEntropyOptions, cross_entropy_rows_
+from lorafuse.kernels.eager import EagerFunction
 from lorafuse.kernels.linear_cross_entropy import (
     chunk_rows,
     logits_buffer,
@@ -60,7 +61,7 @@ def _entropy(logits: Tensor, options: CrossEntropyOptions) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
-class LinearLogProbsFunction(torch.autograd.Function):
+class LinearLogProbsFunction(EagerFunction):
     """Saves dX of each row's own loss, and for the entropy's gradient references to the inputs."""
 
     @staticmethod

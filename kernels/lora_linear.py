@@ -41,6 +41,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafuse.kernels import fp8_linear
 from lorafuse.kernels.adapter_buffers import Scaled, write_adapters
+from lorafuse.kernels.eager import EagerFunction
 from lorafuse.kernels.gradient_room import ask_for_room, take_room
 from lorafuse.kernels.nf4 import Quantised4bit, dequantise, dequantise_rows
 from lorafuse.kernels.rms_norm import reference as rms_norm_reference
@@ -760,7 +761,7 @@ def reference(x: Tensor, projections: Sequence[LoraProjection]) -> tuple[Tensor,
     return tuple(outputs)
 
 
-class LoraLinearFunction(torch.autograd.Function):
+class LoraLinearFunction(EagerFunction):
     """Saves X (or h and rstd), XA and the adapters; recomputes the norm and the dropout masks."""
 
     @staticmethod

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafuse.kernels.eager import EagerFunction
 from lorafuse.kernels.glu import glu_bwd_, glu_fwd
 from lorafuse.kernels.glu import reference as glu_reference
 from lorafuse.kernels.glu_adapters import glu_bwd_adapters_
@@ -95,7 +96,7 @@ class _Spec:
         )
 
 
-class LoraMlpFunction(torch.autograd.Function):
+class LoraMlpFunction(EagerFunction):
     """Forward and hand-derived backward; see the module's docstring for what is saved."""
 
     @staticmethod

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafuse.kernels.eager import EagerFunction
 from lorafuse.kernels.gradient_room import give_room, room_asked_by_the_maker, wide_gradient
 from lorafuse.kernels.lora_linear import (
     Group,
@@ -119,7 +120,7 @@ def reference(
     return q, k, v
 
 
-class LoraQkvFunction(torch.autograd.Function):
+class LoraQkvFunction(EagerFunction):
     """Forward and hand-derived backward; see the module's docstring for what is saved."""
 
     @staticmethod

@@ -46,6 +46,7 @@ from lorafuse.kernels.clamped_swiglu import (
     clamped_swiglu_fwd,
 )
 from lorafuse.kernels.clamped_swiglu import reference as clamped_reference
+from lorafuse.kernels.eager import EagerFunction
 from lorafuse.kernels.expert_glu import expert_glu_bwd_
 from lorafuse.kernels.expert_order import ExpertOrder, combine, gather, sort_by_expert
 from lorafuse.kernels.glu import glu_fwd
@@ -300,7 +301,7 @@ class _Spec:
         return expert_glu_bwd_(gate, up, D, weight, rows, self.activation, dgate, dup)
 
 
-class MoeFunction(torch.autograd.Function):
+class MoeFunction(EagerFunction):
     """Forward and hand-derived backward; see the module's docstring for what is saved."""
 
     @staticmethod

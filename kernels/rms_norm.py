@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafuse.kernels.eager import EagerFunction
 from lorafuse.kernels.gradient_room import give_room, room_asked_by_the_maker, wide_gradient
 from lorafuse.kernels.runtime import (
     cached_launch,
@@ -339,7 +340,7 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.flatten(0, -3) if x.dim() >= 3 else x.reshape(-1, x.shape[-1])
 
 
-class RMSNormFunction(torch.autograd.Function):
+class RMSNormFunction(EagerFunction):
     """RMSNorm with its backward by hand; with a residual, the sum is the second output."""
 
     @staticmethod

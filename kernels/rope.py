@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafuse.kernels.eager import EagerFunction
 from lorafuse.kernels.runtime import (
     cached_launch,
     launch_device,
@@ -301,7 +302,7 @@ def rope_qk_(
     rope_copy(q, k, q, k, cos, sin, interleaved, backward, round_products)
 
 
-class RopeFunction(torch.autograd.Function):
+class RopeFunction(EagerFunction):
     """Rotates out of place; the gradients turn back by the transposed map."""
 
     @staticmethod

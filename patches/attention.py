@@ -478,7 +478,7 @@ class FusedAttention(FusedForward):
     def linear_groups(self) -> list[Sequence[Any]]:
         return self.attention.linear_groups()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         try:
             arguments = self.arguments(args, kwargs)
             self.attention.check_others(arguments, self.stock)
@@ -545,7 +545,7 @@ class FusedProjection(FusedForward):
     def linear_groups(self) -> list[Sequence[Any]]:
         return [self.shared.readers] if self.index == 0 else []
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return self.fall_back("it was called with more than one tensor", *args, **kwargs)
         try:
@@ -571,7 +571,7 @@ class FusedOutputProjection(FusedForward):
     def linear_groups(self) -> list[Sequence[Any]]:
         return [(self.reader,)]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return self.fall_back("it was called with more than one tensor", *args, **kwargs)
         try:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lorafuse.kernels.eager import never_traced
 from lorafuse.patches.signature import plain
 
 # Where transformers passes a KV cache: from 5.24 on by the first name, before by the others.
@@ -77,7 +78,12 @@ class FusedForward:
         self._positions: Any = None
         self._first = first.name if first is not None and plain else None
 
+    @never_traced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """One call of the module, by the fused path or the stock one."""
         raise NotImplementedError
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class FusedDecoderLayer(FusedForward):
             gradients=sum(gradient_bytes(group, padded=i < 3) for i, group in enumerate(groups)),
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         if self.checkpointing is None:
             function = trainers_function(self.module)
             if function is not None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from lorafuse.kernels.eager import never_traced
 from lorafuse.kernels.linear_cross_entropy import (
     CrossEntropyOptions,
     LinearCrossEntropy,
@@ -248,6 +249,7 @@ class DeferredLogits(torch.Tensor):
                 self.stock_logits.register_hook(self._run_hooks)  # type: ignore[no-untyped-call]
         return self.stock_logits
 
+    @never_traced
     def _run_hooks(self, gradient: Tensor) -> Tensor:
         for hook in list(self.hooks.values()):
             changed = hook(gradient)
@@ -277,6 +279,7 @@ class DeferredLogits(torch.Tensor):
         return log_p.exp() if self.form == "p" else log_p.exp() * log_p
 
     @classmethod
+    @never_traced
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

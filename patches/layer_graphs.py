@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafuse.kernels.eager import EagerFunction
 from lorafuse.kernels.lora_linear import LoraProjection
 from lorafuse.kernels.nf4 import Quantised4bit
 from lorafuse.patches.hooks import collects_hidden_states
@@ -194,7 +195,7 @@ def _write(static: Tensor, given: Tensor) -> None:
         static.copy_(given)
 
 
-class _Replay(torch.autograd.Function):
+class _Replay(EagerFunction):
     """A piece in autograd's eyes: a function of its inputs and parameters."""
 
     @staticmethod

@@ -30,6 +30,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
+from lorafuse.kernels.eager import not_traced_itself, set_tracer, tracing_again
 from lorafuse.kernels.lora_linear import LoraProjection
 from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.bind import KV_CACHES, FusedForward, Unsupported
@@ -154,10 +155,21 @@ class FusedCausalLoss(FusedForward):
         # Why the log-probabilities that a trainer asks for are its own; "" where they need not be.
         self.no_log_probs = ""
 
+    @not_traced_itself
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Logits that are put off cannot be traced; the backbone is, as far as it is not fused.
+        tracer = set_tracer(None)
+        try:
+            if tracer is None:
+                return self.call(*args, **kwargs)
+            backbone = self.head.backbone
+            with _Swap(backbone, tracing_again(tracer, backbone.forward)):
+                return self.call(*args, **kwargs)
+        finally:
+            set_tracer(tracer)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get(ARGUMENT):
-            if torch.compiler.is_compiling():
-                return self.fall_back("torch.compile is tracing the forward", *args, **kwargs)
             if self.no_log_probs:
                 return self.fall_back(self.no_log_probs, *args, **kwargs)
             return self.log_probs(*args, **kwargs)
@@ -233,8 +245,6 @@ class FusedCausalLoss(FusedForward):
         return LabelBound(labels) if isinstance(labels, Tensor) and labels.is_cuda else None
 
     def _why_stock(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if torch.compiler.is_compiling():
-            return "torch.compile is tracing the forward"
         if self._argument("labels", args, kwargs) is None:
             return "no labels were passed: the caller wants logits"
         if any(self._argument(name, args, kwargs) is not None for name in KV_CACHES):

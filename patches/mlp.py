@@ -57,7 +57,7 @@ class FusedMlp(FusedForward):
     def linear_groups(self) -> list[Sequence[Any]]:
         return self.reader.linear_groups()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return self.fall_back("it was called with more than one tensor", *args, **kwargs)
         x = args[0]

@@ -209,7 +209,7 @@ class FusedExperts(FusedForward):
             for name in (experts.gate_up, experts.down)
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         try:
             x, index, weights = self._inputs(args, kwargs)
             if any(has_live_hooks(part, _CACHING) for part in self.modules[1:]):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafuse.kernels.adam_8bit import AdamOptions, AdamTensor, adam_8bit_triton_, serves
+from lorafuse.kernels.eager import never_traced
 
 __all__ = ["UnwaitingStep", "fuse_optimizer"]
 
@@ -62,6 +63,7 @@ class UnwaitingStep:
         while self._handles:
             self._handles.pop().remove()
 
+    @never_traced
     @torch.no_grad()
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(value is not None for value in (*args[1:], *kwargs.values())):
@@ -97,6 +99,7 @@ class UnwaitingStep:
             p.grad = None
         self.calls += 1
 
+    @never_traced
     def _after(self, *_: Any) -> None:
         for p, gradient in self._aside:
             p.grad = gradient

@@ -38,14 +38,14 @@ class LayerCall:
 class _Recorder(FusedForward):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.call: LayerCall | None = None
+        self.seen: LayerCall | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.arguments(args, kwargs)
         h = arguments.pop("hidden_states", None)
         if not isinstance(h, Tensor):
             raise Unsupported("its decoder layer takes no hidden_states")
-        self.call = LayerCall(h.detach().clone(), _axes_apart(arguments))
+        self.seen = LayerCall(h.detach().clone(), _axes_apart(arguments))
         return h
 
 
@@ -308,4 +308,4 @@ def _record(
             ) from error
         finally:
             binding.undo()
-    return {r.module: copy.copy(r.call) for r in recorders if r.call is not None}
+    return {r.module: copy.copy(r.seen) for r in recorders if r.seen is not None}

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafuse.kernels.eager import never_traced
 from lorafuse.kernels.lora_linear import LoraProjection, RngState, forked_rng
 from lorafuse.patches.offload import HostCopy, Offloader
 
@@ -295,6 +296,7 @@ class Tape:
         return _OnHost(self, self.copies[address], tensor)
 
 
+@never_traced
 def _unpack(packed: Any) -> Tensor:
     if isinstance(packed, _Again | _OnHost | _Here):
         return packed.tensor()

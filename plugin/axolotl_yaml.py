@@ -38,7 +38,6 @@ UNSLOTH_FLAGS = {
 # Settings that give the forwards that we would replace, or the weights that we would read, to
 # something else.
 OWNERS = {
-    "torch_compile": "compiles the model's forwards",
     "tiled_mlp": "replaces the MLP's forward",
     "use_kernels": "replaces forwards with kernels from the Hub",
     "layer_offloading": "moves a layer's weights while the layer's own forward runs",

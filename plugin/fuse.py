@@ -35,8 +35,8 @@ def fuse(
     """Fuses a model in place, on its module instances only.
 
     A model that is fused already is first unfused, so the result is that of the new flags alone.
-    DistributedDataParallel and DeepSpeed's engine are looked through. A model that torch.compile
-    owns, that DataParallel copies or that FSDP has sharded stays as it is, with that reason in the
+    DistributedDataParallel, DeepSpeed's engine and what torch.compile returns are looked through. A
+    model that DataParallel copies or that FSDP has sharded stays as it is, with that reason in the
     report; one that was fused before FSDP took it stays fused, and its report is returned.
 
     Args:
@@ -156,12 +156,12 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, str | None]:
     """Looks through the wrappers. Returns the model, and which of them forbids to fuse it, why."""
     forbidden = None
     while True:
-        if (inner := model._modules.get("_orig_mod")) is not None:
-            forbidden = "torch.compile owns the model's forwards; compile it or fuse it, not both"
-        elif isinstance(model, DataParallel) and len(model.device_ids) > 1:
+        if isinstance(model, DataParallel) and len(model.device_ids) > 1:
             inner, forbidden = model._modules["module"], COPIED
         elif isinstance(model, DataParallel | DistributedDataParallel) or _is_engine(model):
             inner = model._modules.get("module") or model._modules.get("_fsdp_wrapped_module")
+        else:
+            inner = model._modules.get("_orig_mod")  # of what torch.compile returns
         if inner is None:
             return model, forbidden
         model = inner

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lorafuse.kernels.eager import never_traced
+
 GB = 1e9
 
 
@@ -60,6 +62,7 @@ class Throughput:
         self._started_s = None
         return tokens / seconds if tokens else None
 
+    @never_traced
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return

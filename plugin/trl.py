@@ -37,10 +37,6 @@ class LorafuseCallback(RunCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        aside = None
-        if args.torch_compile:
-            aside = "torch_compile owns the model's forwards; set torch_compile to false"
-        elif args.n_gpu > 1:
-            aside = COPIED
+        aside = COPIED if args.n_gpu > 1 else None
         self.report = fuse_with(kwargs["model"], self.config, self.plugins, aside)
         super().on_train_begin(args, state, control, **kwargs)

@@ -133,6 +133,21 @@ def test_qlora_on_cpu_follows_the_stock_run(axolotl, tiny_llama, start, tmp_path
     assert operations["lora_mlp"]["called"] == operations["lora_qkv"]["called"] == 2
 
 
+def test_a_compiled_run_follows_the_stock_one(axolotl, tiny_llama, start, tmp_path) -> None:
+    common = {
+        "base_model": str(tiny_llama),
+        "lora_model_dir": str(start),
+        "sample_packing": True,
+        "save_steps": 4,
+    }
+    axolotl("stock", **common, **STOCK)
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    axolotl("fused", **common, **compiled, **PLUGIN, fused=True, fused_strict=True)
+    compare(history(tmp_path / "stock"), history(tmp_path / "fused"), steps=4)
+    operations = report(tmp_path / "fused")["operations"]
+    assert operations["lora_mlp"]["calls"] == 2 * operations["cross_entropy"]["calls"] == 8
+
+
 def test_an_unsupported_model_trains_as_stock_and_says_why(axolotl, tiny_gpt2, tmp_path) -> None:
     settings = {
         "base_model": str(tiny_gpt2),

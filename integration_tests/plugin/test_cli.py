@@ -148,9 +148,9 @@ def test_a_model_that_cannot_be_fused(write: Any, tmp_path: Path) -> None:
 
 
 def test_a_setting_that_owns_the_forwards(write: Any) -> None:
-    result = invoke("doctor", write(**PLUGIN, **LORA, fused=True, torch_compile=True))
+    result = invoke("doctor", write(**PLUGIN, **LORA, fused=True, tiled_mlp=True))
     assert result.exit_code == 0
-    assert "`torch_compile` compiles" in rows(result.output)["fused_lora_mlp"][5]
+    assert "`tiled_mlp` replaces" in rows(result.output)["fused_lora_mlp"][5]
 
 
 @pytest.mark.parametrize(

@@ -140,15 +140,10 @@ def test_a_sharded_model_is_fused_in_time_or_not_at_all(llama, another_llama, tm
         assert late.operations()[name].fallbacks, name
 
 
-def test_a_compiled_model_stays_as_it_is(llama) -> None:
-    report = fuse(torch.compile(llama))  # type: ignore[arg-type]
-    assert forwards(llama) == {}
-    for name, one in report.operations().items():
-        assert [reason.reason for reason in one.fallbacks] == [
-            "torch.compile owns the model's forwards; compile it or fuse it, not both"
-        ], name
-    with pytest.raises(FuseError, match=r"fused_lora_mlp: torch\.compile owns"):
-        fuse(torch.compile(llama), fused_strict=True)  # type: ignore[arg-type]
+def test_a_compiled_model_is_looked_through(llama) -> None:
+    report = fuse(torch.compile(DataParallel(llama)), fused_strict=True)  # type: ignore[arg-type]
+    assert report.operations()["lora_mlp"].fused == 2
+    assert fuse(llama).operations()["lora_mlp"].fused == 2  # and known again
 
 
 def test_a_strict_error_says_why_and_leaves_the_model_alone(gpt2) -> None:
@@ -193,7 +188,9 @@ def test_either_a_configuration_or_flags(llama) -> None:
 
 
 def test_checkpointing_that_was_asked_for_stands_aside_with_its_reason(llama) -> None:
-    report = fuse(torch.compile(llama), fused_checkpointing="selective")
+    wrapped = DataParallel(llama)
+    wrapped.device_ids = [0, 1]
+    report = fuse(wrapped, fused_checkpointing="selective")
     (reason,) = report.operations()["checkpointing"].fallbacks
-    assert "torch.compile owns" in reason.reason
-    assert "checkpointing" not in fuse(torch.compile(llama)).operations()
+    assert "DataParallel copies" in reason.reason
+    assert "checkpointing" not in fuse(wrapped).operations()

@@ -154,7 +154,7 @@ def test_what_a_yaml_says(write: Any, settings: dict[str, Any], fields: dict[str
 @pytest.mark.parametrize(
     ("settings", "note"),
     [
-        ({"torch_compile": True}, "only the last row holds: `torch_compile` compiles"),
+        ({"tiled_mlp": True}, "only the last row holds: `tiled_mlp` replaces"),
         ({"deepspeed": "zero2.json"}, "sharding needs less"),
         ({"optimizer": "paged_adamw_8bit"}, "the paged optimiser's states are counted on the GPU"),
         ({"sample_packing": True}, "packed rows are counted as one document"),

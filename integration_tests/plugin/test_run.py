@@ -165,14 +165,6 @@ def test_strict_stops_before_the_first_step_where_something_is_not_fused(gpt2, t
     assert trainer.state.global_step == 0
 
 
-def test_torch_compile_is_left_alone(llama, tmp_path) -> None:
-    trainer = build(llama, tmp_path, torch_compile=True, max_steps=1)
-    callback = LorafuseCallback(fused_strict=True)
-    trainer.add_callback(callback)
-    with pytest.raises(FuseError, match="set torch_compile to false"):
-        trainer.train()
-
-
 def test_the_same_trainer_may_train_again(llama, tmp_path) -> None:
     trainer = build(llama, tmp_path, max_steps=1)
     callback = LorafuseCallback()

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from torch._dynamo import OptimizedModule
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -57,6 +58,36 @@ def build(model: LlamaForCausalLM, tokenizer: Any, folder: Path, **options: Any)
 
 def logs(trainer: SFTTrainer) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_compiled_run_follows_the_stock_one(bf16, bare_llama, tokenizer, tmp_path) -> None:
+    """TRL compiles what it wraps, with its autocast around it, before we fuse."""
+    on_cpu = not torch.cuda.is_available()
+    weights = {name: value.clone() for name, value in bare_llama.state_dict().items()}
+    runs = []
+    for compiled in (False, True):
+        model = LlamaForCausalLM(bare_llama.config)
+        model.load_state_dict(weights)
+        trainer = build(
+            model, tokenizer, tmp_path, use_cpu=on_cpu, bf16=bf16, gradient_accumulation_steps=2,
+            torch_compile=compiled, torch_compile_backend="aot_eager" if compiled else None,
+        )  # fmt: skip
+        callback = LorafuseCallback(fused_strict=True)
+        if compiled:
+            trainer.add_callback(callback)
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, OptimizedModule) == compiled
+        runs.append(logs(trainer))
+    for stock, fused in zip(*runs, strict=True):
+        for name in SAME:
+            assert fused[name] == pytest.approx(stock[name], rel=3e-2 if bf16 else 1e-3), name
+        assert fused.keys() >= {TOKENS_PER_SECOND, PEAK_MEMORY_GB}
+    assert callback.report is not None
+    for name, one in callback.report.operations().items():
+        # each of 4 steps has two batches
+        assert not one.fallbacks and not one.runtime_fallbacks, name
+    assert callback.report.operations()["lora_mlp"].calls == 4 * 2 * 2
 
 
 @pytest.fixture
