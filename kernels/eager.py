@@ -23,9 +23,16 @@ __all__ = ["EagerFunction", "never_traced", "not_traced_itself", "set_tracer", "
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _REASON = "lorafuse launches kernels of its own here, and counts its calls"
 
+
+def _sets_nothing(tracer: Any) -> None:
+    """For a torch without it: what is not to be traced by itself is not traced at all."""
+
+
 # Sets what Dynamo traces frames with, and returns what it did until now; None: they run as they
 # are.
-set_tracer: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
+set_tracer: Callable[[Any], Any] = getattr(
+    torch._C._dynamo.eval_frame, "set_eval_frame", _sets_nothing
+)
 
 
 def never_traced(function: _Function) -> _Function:
