@@ -79,7 +79,7 @@ def test_resume_continues_the_unbroken_run(axolotl, tiny_llama, start, tmp_path)
     compare(history(tmp_path / "whole"), history(tmp_path / "resumed"), steps=6)
 
 
-def test_accumulation_packing_checkpointing_and_the_saved_adapter(
+def test_accumulation_packing_checkpointing_compiling_and_the_saved_adapter(
     axolotl, tiny_llama, start, tmp_path
 ) -> None:
     common = {
@@ -110,6 +110,11 @@ def test_accumulation_packing_checkpointing_and_the_saved_adapter(
     assert configs[0] == configs[1]
     logged = history(tmp_path / "fused")[-1]
     assert logged["lorafuse/tokens_per_second"] > 0
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    axolotl("compiled", **common, **compiled, **PLUGIN, fused=True, fused_strict=True)
+    compare(history(tmp_path / "stock"), history(tmp_path / "compiled"), steps=4)
+    operations = report(tmp_path / "compiled")["operations"]
+    assert operations["lora_mlp"]["calls"] == 2 * operations["cross_entropy"]["calls"] == 16
     # chosen flags alone are fused
     some = axolotl("some", base_model=str(tiny_llama), **PLUGIN, fused_lora_mlp=True, max_steps=1)
     operations = report(tmp_path / "some")["operations"]
@@ -131,21 +136,6 @@ def test_qlora_on_cpu_follows_the_stock_run(axolotl, tiny_llama, start, tmp_path
     compare(history(tmp_path / "stock"), history(tmp_path / "fused"), steps=4)
     operations = report(tmp_path / "fused")["operations"]
     assert operations["lora_mlp"]["called"] == operations["lora_qkv"]["called"] == 2
-
-
-def test_a_compiled_run_follows_the_stock_one(axolotl, tiny_llama, start, tmp_path) -> None:
-    common = {
-        "base_model": str(tiny_llama),
-        "lora_model_dir": str(start),
-        "sample_packing": True,
-        "save_steps": 4,
-    }
-    axolotl("stock", **common, **STOCK)
-    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
-    axolotl("fused", **common, **compiled, **PLUGIN, fused=True, fused_strict=True)
-    compare(history(tmp_path / "stock"), history(tmp_path / "fused"), steps=4)
-    operations = report(tmp_path / "fused")["operations"]
-    assert operations["lora_mlp"]["calls"] == 2 * operations["cross_entropy"]["calls"] == 8
 
 
 def test_an_unsupported_model_trains_as_stock_and_says_why(axolotl, tiny_gpt2, tmp_path) -> None:
