@@ -35,6 +35,7 @@ from lorafuse.kernels.lora_linear import LoraProjection
 from lorafuse.patches.adapters import LinearReader
 from lorafuse.patches.bind import KV_CACHES, FusedForward, Unsupported
 from lorafuse.patches.deferred_logits import DeferredLogits, HeadCall, LabelBound
+from lorafuse.patches.exact_fp32 import exact_fp32
 from lorafuse.patches.hooks import has_live_hooks
 from lorafuse.patches.log_probs import ARGUMENT, forward_with
 from lorafuse.patches.weights import WeightReader, check_plain
@@ -357,7 +358,7 @@ class _Trial:
 
 @contextmanager
 def _trial(head: CausalHead) -> Iterator[_Trial]:
-    """Parameters, gradients, buffers, forwards and the random state are as before afterwards."""
+    """Parameters, gradients, buffers, forwards, random state and TF32 are as before afterwards."""
     reader = _reader(head.head)
     weight = reader.weight.read()
     assert isinstance(weight, Tensor)
@@ -377,6 +378,7 @@ def _trial(head: CausalHead) -> Iterator[_Trial]:
         torch.random.fork_rng([weight.device] if weight.is_cuda else []),
         torch.enable_grad(),
         torch.autocast(weight.device.type, enabled=False),
+        exact_fp32(),
         _Swap(head.backbone, backbone),
     ):
         yield _Trial(hidden, reader.out_features, generator, fixed)

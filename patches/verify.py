@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafuse.patches.bind import Binding, Unsupported
+from lorafuse.patches.exact_fp32 import exact_fp32
 from lorafuse.patches.signature import changed, set_layer_index, state
 from lorafuse.patches.structure import is_linear
 
@@ -269,17 +270,13 @@ def _try(
 def _undisturbed(device: torch.device) -> Iterator[None]:
     """Random state, TF32 and autocast as before afterwards; gradients on, autocast off inside."""
     cuda = [device] if device.type == "cuda" else []
-    tf32 = torch.backends.cuda.matmul.allow_tf32
     with (
         torch.random.fork_rng(cuda),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
+        exact_fp32(),
     ):
-        torch.backends.cuda.matmul.allow_tf32 = False
-        try:
-            yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = tf32
+        yield
 
 
 def _prepared_copy(block: nn.Module) -> nn.Module:

@@ -72,6 +72,7 @@ def test_a_compiled_run_follows_the_stock_one(bf16, bare_llama, tokenizer, tmp_p
         trainer = build(
             model, tokenizer, tmp_path, use_cpu=on_cpu, bf16=bf16, gradient_accumulation_steps=2,
             torch_compile=compiled, torch_compile_backend="aot_eager" if compiled else None,
+            **({} if on_cpu else {"tf32": False}),  # torch_compile would switch it on
         )  # fmt: skip
         callback = LorafuseCallback(fused_strict=True)
         if compiled:
