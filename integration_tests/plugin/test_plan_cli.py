@@ -142,7 +142,7 @@ def test_a_yaml_and_what_comes_before_it(write: Any, model_dir: Path) -> None:
         ({"lora_target_linear": False, "lora_target_modules": r".*\.mlp\..*"},
          {"targets": r".*\.mlp\..*"}),
         ({"gradient_accumulation_steps": 2}, {"accumulates": True}),
-        ({"fused_folded_weights": True}, {"folded_weights": True}),
+        ({"fused": True, "fused_folded_weights": True}, {"folded_weights": True}),
         ({}, {"folded_weights": False}),
     ],
 )  # fmt: skip
