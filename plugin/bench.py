@@ -15,6 +15,7 @@ from importlib.util import find_spec
 
 import torch
 
+from lorafuse.plugin.bench_images import row_images, takes_images
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.bench_model import parameters
 from lorafuse.plugin.bench_processes import Workers, allocator_setting, run_worker
@@ -79,7 +80,15 @@ def check_machine(job: Job) -> int:
     if job.profile and job.device != "cuda":
         raise FuseConfigError("--profile lists a GPU's kernels; there is none with --device cpu")
     FuseConfig(**job.flags)
-    count = parameters(find_model(job.model, job.layers))
+    model = find_model(job.model, job.layers)
+    if takes_images(model.config):
+        if job.documents > 1:
+            raise FuseConfigError(
+                f"--documents {job.documents}: {job.model} is trained with images, and such rows "
+                "are not packed; leave it out"
+            )
+        row_images(model.config, job.tokens)
+    count = parameters(model)
     if job.device == "cpu" and count > MOST_ON_CPU:
         raise FuseConfigError(
             f"--model {job.model} has {count / 1e9:.2f} billion parameters, too many for a CPU "

@@ -12,8 +12,15 @@ import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
+from lorafuse.plugin.bench_images import IGNORED, image_rows, takes_images
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.errors import FuseConfigError
 from lorafuse.plugin.geometries import Model
@@ -21,13 +28,10 @@ from lorafuse.plugin.geometries import Model
 # B is zero in a fresh adapter: then neither the loss nor A's gradient would show what LoRA does.
 B_STD = 0.01
 WEIGHT_STD = 0.02
-IGNORED = -100
-# Untyped in transformers.
-_AUTO: Any = AutoModelForCausalLM
 
 
 def base_model(model: Model, job: Job) -> PreTrainedModel:
-    """The causal LM on the job's device, its weights loaded where the folder holds some."""
+    """The model on the job's device, its weights loaded where the folder holds some."""
     own = getattr(model.config, "quantization_config", None)
     if model.weights is not None:
         return _loaded(model, job, own)
@@ -36,16 +40,21 @@ def base_model(model: Model, job: Job) -> PreTrainedModel:
     return _random(model, job)
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """transformers' (untyped there): of a model that is trained with images, or of a causal LM."""
+    return AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
+
+
 def parameters(model: Model) -> int:
     """How many parameters the whole model has. Nothing is allocated."""
     with torch.device("meta"):
-        empty = _AUTO.from_config(model.config)
+        empty = auto_class(model.config).from_config(model.config)
     empty.tie_weights()
     return sum(parameter.numel() for parameter in empty.parameters())
 
 
 def adapted(base: PreTrainedModel, job: Job) -> PeftModel:
-    """With LoRA on every linear layer but the head, ready to train."""
+    """With LoRA on every linear layer (of both towers) but the head, ready to train."""
     torch.manual_seed(1)
     lora = LoraConfig(
         r=job.rank, lora_alpha=job.rank, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -60,6 +69,13 @@ def adapted(base: PreTrainedModel, job: Job) -> PeftModel:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return model
+
+
+def inputs(job: Job, config: PretrainedConfig) -> dict[str, Tensor]:
+    """A step's arguments on the CPU, as a collator gives them, with images where it takes some."""
+    if takes_images(config):
+        return image_rows(config, job)
+    return batch(job, config.get_text_config().vocab_size)
 
 
 def batch(job: Job, vocabulary: int) -> dict[str, Tensor]:
@@ -79,7 +95,7 @@ def batch(job: Job, vocabulary: int) -> dict[str, Tensor]:
 
 def _attention(model: Model, job: Job) -> str | None:
     """What was asked for (None: transformers chooses), eager where the class has no sdpa."""
-    found = _AUTO._model_mapping.get(type(model.config), None)
+    found = auto_class(model.config)._model_mapping.get(type(model.config), None)
     if job.attention == "sdpa" and not getattr(found, "_supports_sdpa", True):
         return "eager"
     return job.attention
@@ -102,7 +118,7 @@ def _loaded(model: Model, job: Job, own: Any) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    loaded: PreTrainedModel = _AUTO.from_pretrained(
+    loaded: PreTrainedModel = auto_class(model.config).from_pretrained(
         model.weights,
         config=model.config,
         dtype=torch.bfloat16,
@@ -118,7 +134,7 @@ def _random(model: Model, job: Job) -> PreTrainedModel:
     """Layer by layer on the device, so that no more than one is there before it is quantised."""
     device = torch.device(job.device)
     with init_empty_weights(include_buffers=False):
-        base: PreTrainedModel = _AUTO.from_config(
+        base: PreTrainedModel = auto_class(model.config).from_config(
             model.config, dtype=torch.bfloat16, attn_implementation=_attention(model, job)
         )
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from lorafuse.plugin.bench_images import takes_images
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.config import FuseConfig
 from lorafuse.plugin.fuse import fuse
@@ -51,6 +52,8 @@ def patch_base(base: PreTrainedModel, job: Job) -> str:
     Raises:
         UnsupportedError: The system does not know this model.
     """
+    if job.system in ("liger", "axolotl") and takes_images(base.config):
+        raise UnsupportedError("its kernels are set up here for models of text alone")
     if job.system == "liger":
         _liger(base)
     elif job.system == "axolotl":

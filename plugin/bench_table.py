@@ -114,6 +114,8 @@ def _about(name: str, one: SystemResult, summary: dict[str, Any]) -> Iterator[st
     last = one.rounds[-1]
     said = [last["variant"]] if last["variant"] else []
     said.append(f"{last['attention']} attention")
+    if last["images"] is not None:
+        said.append(last["images"])
     if last["experts"] is not None and "report" not in last:
         said.append(f"experts by {last['experts']}")
     if "report" in last:

@@ -26,8 +26,9 @@ from transformers import PreTrainedModel
 
 from lorafuse.patches.layer_graphs import WARM
 from lorafuse.patches.structure import recognise_experts
+from lorafuse.plugin.bench_images import described, row_images, takes_images
 from lorafuse.plugin.bench_job import Job
-from lorafuse.plugin.bench_model import adapted, base_model, batch
+from lorafuse.plugin.bench_model import adapted, base_model, inputs
 from lorafuse.plugin.bench_systems import UnsupportedError, patch_base, patch_model
 from lorafuse.plugin.config import GRAPHS
 from lorafuse.plugin.geometries import find_model
@@ -69,8 +70,8 @@ class Repeated:
 class Training:
     """Steps as transformers' Trainer makes them: bf16 autocast, clipped gradients.
 
-    All steps see the same tokens, in a fresh copy. So the loss falls, and an optimiser that does
-    nothing is seen.
+    All steps see the same tokens and images, in a fresh copy. So the loss falls, and an optimiser
+    that does nothing is seen.
     """
 
     def __init__(self, model: PeftModel, optimizer: Any, job: Job) -> None:
@@ -78,7 +79,7 @@ class Training:
         self.device = torch.device(job.device)
         self.on_gpu = self.device.type == "cuda"
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.batch = batch(job, model.config.get_text_config().vocab_size)
+        self.batch = inputs(job, model.config)
         self.numbers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def backward(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,6 +169,13 @@ def experts_by(base: PreTrainedModel) -> str | None:
     return str(getattr(base.config, "_experts_implementation", "unknown"))
 
 
+def images_of(base: PreTrainedModel, job: Job) -> str | None:
+    """What a row's images are; None: it is of text alone."""
+    if not takes_images(base.config):
+        return None
+    return described(row_images(base.config, job.tokens), job.tokens)
+
+
 def measure(job: Job, emit: Emit) -> dict[str, Any]:
     """Builds, patches, trains; the numbers of all steps."""
     device = torch.device(job.device)
@@ -187,6 +195,7 @@ def measure(job: Job, emit: Emit) -> dict[str, Any]:
         "variant": variant,
         "attention": base.config._attn_implementation,
         "experts": experts_by(base),
+        "images": images_of(base, job),
         "optimizer": f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}",
         "model_class": type(base).__name__,
         "model_GB": torch.cuda.memory_allocated() / 1e9 if on_gpu else None,

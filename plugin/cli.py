@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from lorafuse.plugin.geometry_table import GEOMETRIES, NAMED_FAMILIES
+from lorafuse.plugin.image_geometry_table import IMAGE_GEOMETRIES, NAMED_IMAGE_FAMILIES
 
 app = typer.Typer(
     add_completion=False,
@@ -86,7 +87,8 @@ def bench(
         typer.Option(
             metavar="NAME|DIR,...",
             help=f"Geometries with random weights ({', '.join(GEOMETRIES)}; {NAMED_FAMILIES}: one "
-            "of each), or a model's folder. Several with commas between: one after the other, "
+            f"of each; trained with images: {', '.join(IMAGE_GEOMETRIES)}; {NAMED_IMAGE_FAMILIES}: "
+            "all of these), or a model's folder. Several with commas between: one after the other, "
             "without those behind a - (named-families,-falcon-7b).",
         ),
     ] = "llama-3.1-8b",

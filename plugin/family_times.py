@@ -3,7 +3,7 @@
 Each family was run twice: with `--checkpointing --flag fused_checkpointing=selective`, and with
 `--no-checkpointing --flag fused_checkpointing=off`. All files of a folder are read in the order of
 their names; a later one comes before an earlier one of the same model and kind. The rows stand in
-the order of `GEOMETRIES`, between two marks in the README.
+the order of `BY_NAME` (those with images last), between two marks in the README.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 from lorafuse.plugin.bench_table import gigabytes
 from lorafuse.plugin.errors import FuseConfigError
-from lorafuse.plugin.geometry_table import GEOMETRIES
+from lorafuse.plugin.geometries import BY_NAME, layers_of
 
 BEGIN = (
     "<!-- family times: written by `lorafuse families --readme README.md --measured "
@@ -69,7 +69,7 @@ def read(folder: Path) -> dict[str, Pair]:
 def block(folder: Path) -> str:
     """The table with what all its rows have in common, as Markdown."""
     found = read(folder)
-    order = [*GEOMETRIES, *found]
+    order = [*BY_NAME, *found]
     names = sorted(found, key=order.index)
     usual = Counter(_shape(_any(found[name])) for name in names).most_common(1)[0][0]
     lines = [_common(list(found.values()), usual), "", f"| {' | '.join(COLUMNS)} |"]
@@ -105,11 +105,22 @@ def _common(pairs: Sequence[Pair], usual: tuple[int, int]) -> str:
         f"{name} {each(one['versions'][name] for one in runs)}"
         for name in ("torch", "transformers")
     )
-    return (
+    said = (
         f"{quants}, LoRA r={ranks}, {usual[0]} × {usual[1]:,} tokens where the "
         f"row does not say otherwise; {each(one['gpu'] or 'CPU' for one in runs)}, {packages}, "
         f"{each(one['date'][:10] for one in runs)}."
     )
+    if any(_first(one).get("images") for one in runs):
+        said += (
+            " With images: layers of the text tower and of the vision tower, LoRA on both, and the "
+            "images' tokens count as tokens."
+        )
+    return said
+
+
+def _first(one: Measured) -> dict[str, Any]:
+    """The first round that ended well, of any system; empty: there is none."""
+    return next((system["rounds"][0] for system in one["systems"].values() if system["rounds"]), {})
 
 
 def _any(pair: Pair) -> Measured:
@@ -121,18 +132,21 @@ def _shape(one: Measured) -> tuple[int, int]:
 
 
 def _row(name: str, pair: Pair, usual: tuple[int, int]) -> list[str]:
-    ended = [one for pair_one in pair.values() for one in pair_one["systems"].values()]
-    attention = next((one["rounds"][0]["attention"] for one in ended if one["rounds"]), "sdpa")
-    geometry = GEOMETRIES.get(name)
+    first = next(filter(None, map(_first, pair.values())), {})
+    attention, images = first.get("attention", "sdpa"), first.get("images")
+    geometry = BY_NAME.get(name)
     said = [geometry.family or name if geometry else Path(name).name]
     if (shape := _shape(_any(pair))) != usual:
         said.append(f"{shape[0]} × {shape[1]:,}")
     if attention != "sdpa":
         said.append(f"{attention} attention")
+    if images is not None:
+        said.append(images)
     layers = _any(pair)["arguments"]["layers"]
     cells = [", ".join(said), "all" if layers is None else str(layers)]
     if layers is not None and geometry:
-        cells[1] = f"{layers} of {geometry.config().num_hidden_layers}"
+        whole = layers_of(geometry.config())
+        cells[1] = " and ".join(f"{min(layers, most)} of {most}" for most in whole)
     for checkpointing in MODES:
         systems = pair.get(checkpointing, {"systems": {}})["systems"]
         cells += [_cell(systems.get(system)) for system in ("stock", "lorafuse")]

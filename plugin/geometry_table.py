@@ -6,6 +6,7 @@ published value. `family` is what the README's table of named families calls the
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ class Geometry:
         """A config of its own."""
         import transformers  # seconds, for which a command's help is not to wait
 
-        config: PretrainedConfig = getattr(transformers, f"{self.kind}Config")(**self.values)
+        values = deepcopy(dict(self.values))
+        config: PretrainedConfig = getattr(transformers, f"{self.kind}Config")(**values)
         return config
 
 

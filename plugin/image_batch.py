@@ -329,12 +329,12 @@ def _rows_of_features(asked: Asked, images: Images) -> list[int]:
     return [whole // count] * count
 
 
-def _special(config: PretrainedConfig) -> set[int]:
+def special_tokens(config: PretrainedConfig) -> set[int]:
     """Every token id that a config, or one within it, gives a meaning."""
     found: set[int] = set()
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
-            found |= _special(value)
+            found |= special_tokens(value)
         elif isinstance(value, int) and name.endswith(("_id", "_index")):
             found.add(value)
     return found
@@ -348,7 +348,7 @@ def _first(config: Any, names: Sequence[str]) -> list[int]:
 def _text(asked: Asked, images: Mapping[int, int]) -> dict[str, Any]:
     """Token ids, mask and labels, with so many image tokens in these rows."""
     config = asked.config
-    words = torch.tensor(sorted({*range(3, TEXT_WORDS)} - _special(config) - {asked.place}))
+    words = torch.tensor(sorted({*range(3, TEXT_WORDS)} - special_tokens(config) - {asked.place}))
     rows = []
     longest = max(images.values(), default=0) + TEXT
     for row in range(ROWS):

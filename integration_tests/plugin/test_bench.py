@@ -325,6 +325,7 @@ def measured(*step_ms: float, losses: tuple[float, ...] = (2.0, 1.0)) -> dict[st
         "variant": "",
         "attention": "sdpa",
         "experts": None,
+        "images": None,
         "setup_s": 1.0,
         "first_step_s": 2.0,
         "step_ms": list(step_ms),

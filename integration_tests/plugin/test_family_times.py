@@ -12,6 +12,7 @@ from lorafuse.plugin.errors import FuseConfigError
 from lorafuse.plugin.family_times import BEGIN, COLUMNS, END, OPERATIONS, block, inserted, read
 from lorafuse.plugin.geometries import model_names
 from lorafuse.plugin.geometry_table import NAMED_FAMILIES
+from lorafuse.plugin.image_geometry_table import NAMED_IMAGE_FAMILIES
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "integration_tests" / "gpu" / "measured" / "families"
@@ -27,12 +28,16 @@ def test_the_readme_says_what_was_measured() -> None:
 @measured
 def test_each_named_family_was_measured_on_a_gpu_both_ways() -> None:
     found = read(MEASURED)
-    assert set(found) == set(model_names(NAMED_FAMILIES))
+    text, images = model_names(NAMED_FAMILIES), model_names(NAMED_IMAGE_FAMILIES)
+    # Those with images are all there, or not measured yet.
+    assert set(found) in (set(text), {*text, *images})
     for name, pair in found.items():
         assert set(pair) == {True, False}, name
         for one in pair.values():
             assert "H100" in one["gpu"] and set(one["systems"]) == {"stock", "lorafuse"}, name
-            assert one["systems"]["lorafuse"]["status"] == "ok", name
+            fused = one["systems"]["lorafuse"]
+            assert fused["status"] == "ok", name
+            assert (fused["rounds"][0].get("images") is not None) == (name in images), name
 
 
 def system(step_ms: float, loss: float = 0.0, ratio: float = 1.0, **more: Any) -> dict[str, Any]:
@@ -102,6 +107,16 @@ def test_rows_of_merged_files(folder: Path) -> None:
     assert gpt == [
         "gpt-oss 20B, 8 × 1,024, eager attention", "4 of 24", "50, 2.0", "out of memory", *"–" * 8
     ]  # fmt: skip
+
+
+def test_rows_with_images_stand_last_and_say_so(folder: Path) -> None:
+    images = "images of 8 × 8 and 4 × 8 a row (6 of 64 tokens)"
+    seen = {"stock": system(100, rounds=[{"attention": "sdpa", "images": images}])}
+    name = "llama-3.2-11b-vision"
+    (folder / "0.json").write_text(json.dumps(result(name, True, seen, layers=34)), "utf-8")
+    common, *_, row = block(folder).splitlines()
+    assert row.startswith(f"| Llama 3.2 11B Vision, {images} | 34 of 40 and 32 of 32 | 100, 2.0 |")
+    assert "With images: layers of the text tower and of the vision tower" in common
 
 
 def test_the_command_writes_between_the_marks_only(folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lorafuse.plugin.bench_model import base_model, batch, parameters
 from lorafuse.plugin.cli import app
 from lorafuse.plugin.errors import FuseConfigError
 from lorafuse.plugin.family_readme import NAMED
-from lorafuse.plugin.geometries import find_model, model_names
+from lorafuse.plugin.geometries import find_model, keep_layers, model_names
 from lorafuse.plugin.geometry_table import GEOMETRIES, NAMED_FAMILIES
 from lorafuse.plugin.sketch import shrink
 
@@ -70,6 +70,15 @@ def test_fewer_layers_cut_their_lists_too() -> None:
     config = find_model("gemma-2-9b", 3).config
     assert config.num_hidden_layers == 3
     assert config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def test_lists_that_name_layers_are_told_from_those_of_each_layer() -> None:
+    assert find_model("smollm3-3b", 4).config.no_rope_layers == [1, 1, 1, 0]
+    assert find_model("qwen3-30b-a3b", 4).config.mlp_only_layers == []
+    config = find_model("qwen3-30b-a3b").config
+    config.mlp_only_layers = [1, 3, 40]
+    keep_layers(config, 3)
+    assert config.mlp_only_layers == [1]
 
 
 def test_each_config_is_a_new_one() -> None:
