@@ -27,6 +27,7 @@ A graph is made by a recorder: `CudaRecorder` here, an emulation in the tests.
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -104,8 +105,11 @@ class CudaRecorder:
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 result = run()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # which would say no more than that one failed before
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         current.wait_stream(self.stream)
         return graph.replay, result
 
