@@ -24,10 +24,11 @@ Gradients leave the graphs as copies: what accumulates or hooks them never sees 
 A graph is made by a recorder: `CudaRecorder` here, an emulation in the tests.
 """
 
+import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -382,13 +383,29 @@ class LayerGraphs:
         self.forget()
         self._sets += 1
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), _no_garbage():
                 recording = _Recording(self.recorder(h.device), self.layers, last, h)
                 self._recorded, self._keeps = recording.run(), recording.keeps
         except Exception as error:  # whatever a driver or a compiler has against it
             return f"recording failed: {(str(error) or type(error).__name__).splitlines()[0]}"
         self._key, self._last = key, {}
         return None
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """No cycle is collected within.
+
+    What gives memory back to the driver, as pinned buffers do, would break off a recording.
+    """
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _Recording:

@@ -4,6 +4,7 @@ On a GPU these are CUDA graphs; on a CPU `graph_emulation` stands in for them.
 """
 
 import copy
+import gc
 import weakref
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from peft import LoraConfig
 from lorafuse.patches import apply as apply_module
 from lorafuse.patches import layer_graphs
 from lorafuse.patches.apply import OPERATIONS, apply
+from lorafuse.patches.host_memory import pinned_buffer
 from lorafuse.patches.layer_graphs import MOST, OPERATION, WARM
 from lorafuse.patches.modes import OFF, SELECTIVE
 
@@ -375,3 +377,62 @@ def test_layers_that_no_longer_share_their_positions(make_peft, tokens, equal) -
     for ours, plain in zip(results[1], results[0], strict=True):
         equal(ours, plain)
     assert not torch.equal(*(found[name] for found in results[0][-2:] for name in list(found)[:1]))
+
+
+class Cycle:
+    """Garbage that only a collection finds; `told` hears of it."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.own = self
+        weakref.finalize(self, told.append, "collected")
+
+
+def test_no_garbage_is_collected_while_a_stream_is_recorded(make_peft, step, monkeypatch) -> None:
+    """A pinned buffer among it goes back to the driver, which breaks off the recording."""
+    model = make_peft("llama")
+    result = fused(model, True)
+    collected: list[str] = []
+    within: list[tuple[bool, int]] = []
+    run = layer_graphs._Recording.run
+
+    def watched(self: Any) -> Any:
+        within.append((gc.isenabled(), len(collected)))
+        Cycle(collected)
+        recorded = run(self)
+        within.append((gc.isenabled(), len(collected)))
+        return recorded
+
+    monkeypatch.setattr(layer_graphs._Recording, "run", watched)
+    thresholds = gc.get_threshold()
+    Cycle(collected)
+    try:
+        gc.set_threshold(10, 2, 2)
+        for _ in range(WARM + 1):
+            step(model)
+    finally:
+        gc.set_threshold(*thresholds)
+    assert within == [(False, 1), (False, 1)]
+    assert gc.isenabled()
+    assert graphs_of(result).replays
+
+
+@pytest.mark.gpu
+def test_what_earlier_runs_have_pinned_does_not_break_it_off(make_peft, step, device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA GPU")
+    model = make_peft("llama", torch.bfloat16)
+    result = fused(model, True)
+    for _ in range(WARM):
+        step(model)
+    buffer, pinned = pinned_buffer(2**20)
+    assert pinned
+    cycle = [buffer]
+    cycle.append(cycle)
+    del buffer, cycle
+    thresholds = gc.get_threshold()
+    try:
+        gc.set_threshold(10, 2, 2)
+        step(model)
+    finally:
+        gc.set_threshold(*thresholds)
+    assert graphs_of(result).replays, graphs_of(result).reasons
