@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lorafuse.patches.bind import Binding, FusedForward, Unsupported
@@ -21,6 +22,8 @@ from lorafuse.patches.bind import Binding, FusedForward, Unsupported
 TOKENS = 2, 12
 # A side of the image that a vision tower is tried with.
 PATCHES = 4
+# Rows of the table that stands in for that of words.
+FEW_WORDS = 128
 # What a layer is tried with at most: stock attention may hold the square of it for each head.
 MOST_PATCHES = 1024
 
@@ -116,7 +119,7 @@ def record_far_calls(backbone: nn.Module, layers: Sequence[nn.Module], end: int)
         recorded = record_layer_calls(replica, stand_ins, position_ids=positions)
     except Exception:  # any model may refuse to be copied, or to run alone
         return {}
-    device = next(m.weight.device for m in backbone.modules() if isinstance(m, nn.Embedding))
+    device = _words(backbone).weight.device
     return {
         layer: _moved(recorded[stand_in], device)
         for layer, stand_in in zip(layers, stand_ins, strict=True)
@@ -154,8 +157,8 @@ def _without_weights(
     memo: dict[int, Any] = {id(m): s for m, s in zip(layers, stand_ins, strict=True)}
     inside = {id(m) for layer in layers for m in layer.modules()}
     holders = {id(m) for m in backbone.modules() if any(id(c) in inside for c in m.modules())}
-    words = next(m for m in backbone.modules() if isinstance(m, nn.Embedding))
-    memo[id(words)] = nn.Embedding(128, words.embedding_dim, dtype=words.weight.dtype)
+    words = _words(backbone)
+    memo[id(words)] = nn.Embedding(FEW_WORDS, words.embedding_dim, dtype=words.weight.dtype)
     for module in backbone.modules():  # towers of vision, and the like
         if id(module) not in holders | inside | set(memo):
             large = sum(p.numel() for p in module.parameters()) > _SMALL
@@ -174,8 +177,21 @@ def _moved(call: LayerCall, device: torch.device) -> LayerCall:
     return LayerCall(call.hidden_states.to(device), kwargs)
 
 
+def _words(backbone: Any) -> nn.Embedding:
+    """The table of words: a vision tower may have tables of its own, and stand in front."""
+    try:
+        found = backbone.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        found = None
+    found = found.get_base_layer() if isinstance(found, BaseTunerLayer) else found
+    for module in (found, *backbone.modules()):
+        if isinstance(module, nn.Embedding):
+            return module
+    raise Unsupported("the model has no token embedding")
+
+
 def _positions(backbone: nn.Module) -> Tensor:
-    device = next(m.weight.device for m in backbone.modules() if isinstance(m, nn.Embedding))
+    device = _words(backbone).weight.device
     return torch.arange(TOKENS[1], device=device).expand(TOKENS[0], -1)
 
 
@@ -230,15 +246,12 @@ def record_layer_calls(backbone: nn.Module, layers: Sequence[nn.Module], **input
     Raises:
         Unsupported: the model does not run on input_ids alone.
     """
-    embedding = next((m for m in backbone.modules() if isinstance(m, nn.Embedding)), None)
-    if embedding is None:
-        raise Unsupported("the model has no token embedding")
+    embedding = _words(backbone)
     device = embedding.weight.device
     if device.type == "meta":
         raise Unsupported("the model's weights are not here yet (meta device)")
 
     def run() -> None:
-        assert embedding is not None
         ids = torch.randint(0, min(100, embedding.num_embeddings), TOKENS, device=device)
         backbone(input_ids=ids, use_cache=False, **inputs)
 

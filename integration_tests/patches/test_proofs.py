@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForImageTextToText,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -22,7 +23,15 @@ from transformers.models.llama import modeling_llama as llama
 
 from lorafuse.patches import apply as engine
 from lorafuse.patches.apply import OPERATIONS, apply
+from lorafuse.patches.probe import (
+    FEW_WORDS,
+    _without_weights,
+    last_position,
+    record_far_calls,
+    record_layer_calls,
+)
 from lorafuse.plugin.fuse import fuse
+from lorafuse.plugin.tiny_config import tiny_config
 
 ALL = dict.fromkeys(OPERATIONS, True)
 SIZES: dict[str, Any] = {
@@ -205,6 +214,22 @@ def test_far_positions_are_tried_on_a_copy(rows, make_peft, step, close) -> None
     assert max(last for live, last in ShortTable.seen if live) < 12
     close(step(model), stock)
     assert sum(r.level == "layer" for r in fused.records if r.operation == "rope") == 2
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "mllama"])
+def test_far_positions_behind_a_vision_tower_with_tables_of_its_own(model_type) -> None:
+    """The first table in these is the tower's, as wide as an image: it is not one of words."""
+    config = tiny_config(model_type, images=True)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    backbone, words = model.model, model.get_input_embeddings()
+    assert next(m for m in backbone.modules() if isinstance(m, nn.Embedding)) is not words
+    layers = [m for m in backbone.language_model.modules() if hasattr(m, "mlp")]
+    replica, _ = _without_weights(backbone, layers)
+    table = replica.get_input_embeddings()
+    assert table.num_embeddings == FEW_WORDS and not torch.equal(table.weight, words.weight)
+    near = record_layer_calls(backbone, layers)
+    far = record_far_calls(backbone, layers, last_position(backbone))
+    assert near and set(far) == set(near)
 
 
 class Raises(llama.LlamaMLP):
