@@ -21,6 +21,8 @@ __all__ = ["OnHost", "available_bytes", "embedding_table", "holders", "pinned_bu
 
 # Smaller tables are not worth it.
 LEAST_BYTES = 64e6
+# Memory that nobody reads any more, and that is pinned still.
+_to_unpin: list[torch.UntypedStorage] = []
 
 
 def pinned_buffer(nbytes: int) -> tuple[Tensor, bool]:
@@ -29,7 +31,7 @@ def pinned_buffer(nbytes: int) -> tuple[Tensor, bool]:
     pinned = not int(_cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0))
     if pinned:
         # Whoever reads the memory holds this very tensor.
-        weakref.finalize(buffer, _unpin, buffer.data_ptr())
+        weakref.finalize(buffer, _unpin, buffer.untyped_storage())
     return buffer, pinned
 
 
@@ -56,8 +58,13 @@ def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-def _unpin(address: int) -> None:
-    _cudart().cudaHostUnregister(address)
+def _unpin(storage: torch.UntypedStorage) -> None:
+    """Now, or with the next one: while a stream is recorded as a graph it would break that off."""
+    _to_unpin.append(storage)
+    if torch.cuda.is_current_stream_capturing():
+        return
+    while _to_unpin:
+        _cudart().cudaHostUnregister(_to_unpin.pop().data_ptr())
 
 
 class _AsSeenByTheGpu:

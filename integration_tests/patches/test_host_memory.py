@@ -101,3 +101,41 @@ def test_what_cannot_be_pinned_stays_and_is_not_said_to_have_gone(monkeypatch) -
 def test_a_table_that_can_go(cuda, make_peft) -> None:
     model = make_peft("llama")
     assert embedding_table(model.get_base_model()) is table(model)
+
+
+class Driver:
+    """What is pinned, as CUDA would keep it."""
+
+    def __init__(self) -> None:
+        self.pinned: set[int] = set()
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        assert address not in self.pinned, "pinned twice"
+        self.pinned.add(address)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        assert not torch.cuda.is_current_stream_capturing(), "breaks the recording off"
+        self.pinned.remove(address)
+        return 0
+
+
+def test_nothing_is_unpinned_while_a_stream_is_recorded(monkeypatch) -> None:
+    """And the memory is not given to anybody else until it is."""
+    driver, records = Driver(), [False]
+    monkeypatch.setattr(host_memory, "_cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: records[0])
+    first, second, third = (host_memory.pinned_buffer(2**20)[0] for _ in range(3))
+    assert len(driver.pinned) == 3
+    del first
+    assert len(driver.pinned) == 2
+    records[0] = True
+    del second
+    assert len(driver.pinned) == 2
+    fourth = host_memory.pinned_buffer(2**20)[0]  # not at the second's address
+    records[0] = False
+    assert len(driver.pinned) == 3
+    del third
+    assert driver.pinned == {fourth.data_ptr()}
+    del fourth
+    assert not driver.pinned
