@@ -95,6 +95,9 @@ class CudaRecorder:
         torch.cuda.empty_cache()
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.generator = torch.cuda.default_generators[index]
+        self.drawn = self.generator.clone_state()
         self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def record(self, run: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
@@ -109,6 +112,8 @@ class CudaRecorder:
             except BaseException:
                 with suppress(RuntimeError):  # which would say no more than that one failed before
                     graph.capture_end()
+                # It would go on waiting for the recording's end, and draw nothing outside of it.
+                self.generator.graphsafe_set_state(self.drawn)
                 raise
             graph.capture_end()
         current.wait_stream(self.stream)

@@ -18,7 +18,7 @@ from lorafuse.patches import apply as apply_module
 from lorafuse.patches import layer_graphs
 from lorafuse.patches.apply import OPERATIONS, apply
 from lorafuse.patches.host_memory import pinned_buffer
-from lorafuse.patches.layer_graphs import MOST, OPERATION, WARM
+from lorafuse.patches.layer_graphs import MOST, OPERATION, WARM, CudaRecorder
 from lorafuse.patches.modes import OFF, SELECTIVE
 
 ALL = dict.fromkeys(OPERATIONS, True)
@@ -442,3 +442,18 @@ def test_what_earlier_runs_have_pinned_does_not_break_it_off(
     finally:
         gc.set_threshold(*thresholds)
     assert graphs_of(result).replays, graphs_of(result).reasons
+
+
+@pytest.mark.gpu
+def test_a_recording_that_fails_leaves_the_generator_as_it_was(device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA GPU")
+    torch.manual_seed(3)
+    expected = torch.randn(5, device=device)
+    torch.manual_seed(3)
+    recorder = CudaRecorder(device)
+    recorder.record(lambda: [torch.ones(4, device=device)])
+    with pytest.raises(RuntimeError, match="captur"):
+        recorder.record(torch.cuda.synchronize)
+    assert torch.equal(torch.randn(5, device=device), expected)
+    CudaRecorder(device).record(lambda: [torch.ones(4, device=device)])
