@@ -52,6 +52,7 @@ class WeightRoom:
         self.calls = [0 for _ in readers]
         self.reasons: list[Counter[str]] = [Counter() for _ in readers]
         self._buffer: Tensor | None = None
+        self._addresses: list[int] = []  # of the weights in it
         # The parameters as they were first seen: FSDP puts others in their place.
         self._parameters = [own_weight(reader) for reader in readers]
         self._reason: str | None = None  # why they do not move
@@ -93,14 +94,7 @@ class WeightRoom:
     def _lies_here(self, index: int) -> bool:
         if self._buffer is None:
             return False
-        return self._parameters[index].data_ptr() == self._part(index).data_ptr()
-
-    def _part(self, index: int) -> Tensor:
-        """Where the weight of reader `index` lies."""
-        assert self._buffer is not None
-        start = sum(reader.out_features for reader in self.readers[:index])
-        N, K = self._parameters[index].shape
-        return self._buffer[start : start + N, :K]
+        return self._parameters[index].data_ptr() == self._addresses[index]
 
     def _why_not_move(self, dtype: torch.dtype) -> str | None:
         device = self._parameters[0].device
@@ -116,16 +110,16 @@ class WeightRoom:
         return None
 
     def _move(self) -> str | None:
-        like = self._parameters[0]
         heights = [weight.shape[0] for weight in self._parameters]
-        columns = fold(self.readers)
-        shape = sum(heights) + columns, like.shape[1] + columns
+        K, columns = self._parameters[0].shape[1], fold(self.readers)
+        shape = sum(heights) + columns, K + columns
         try:
-            self._buffer = like.new_empty(shape, requires_grad=False)
+            self._buffer = self._parameters[0].new_empty(shape, requires_grad=False)
         except torch.OutOfMemoryError:
             return "there was no memory for a buffer to move it into"
-        for i, weight in enumerate(self._parameters):
-            part = self._part(i)
+        parts = [rows[:, :K] for rows in torch.split(self._buffer[: sum(heights)], heights)]
+        self._addresses = [part.data_ptr() for part in parts]
+        for weight, part in zip(self._parameters, parts, strict=True):
             part.copy_(weight.detach())
             weight.data = from_dlpack(part)
         return None
