@@ -6,11 +6,12 @@ whole gradient and the adapters are those of all ranks together.
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -114,12 +115,16 @@ def fsdp2_mixed(model: nn.Module) -> nn.Module:
     return fsdp2(model, mp_policy=mixed)
 
 
-def leave(problems: list[str]) -> None:
+def leave(problems: list[str]) -> NoReturn:
     """The end of a rank, with an error where there are problems."""
     dist.barrier()
     dist.destroy_process_group()
     if problems:
-        sys.exit("\n".join(problems))
+        print("\n".join(problems), file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: threads of gloo's that are left would abort a process that takes its time.
+    os._exit(bool(problems))
 
 
 WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {
