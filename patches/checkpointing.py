@@ -188,8 +188,7 @@ class Checkpointing:
             device: the GPU.
             host: `host_bytes`, where this step has asked for them; None: they are asked for here.
         """
-        # A compiler could not follow what is timed.
-        if not self.may_spill or torch.compiler.is_compiling():
+        if not self.may_spill:
             return None
         host = self.host_bytes(device) if host is None else host
         limited = self.host_limit_bytes is not None

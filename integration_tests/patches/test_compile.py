@@ -12,20 +12,13 @@ from transformers import MixtralConfig
 from lorafuse.patches.apply import OPERATIONS, FusedModel, apply
 from lorafuse.patches.attention import CAUSAL, DOCUMENTS, MASK
 
+from .conftest import SMALL
+
 ALL = dict.fromkeys(OPERATIONS, True)
 # Without RoPE no layer is fused whole, and no attention as a block; what is left around the parts
 # is compiled.
 PARTS = ALL | {"rope": False}
 STOCK_LOSS = {"cross_entropy": False}
-SMALL_MIXTRAL: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-}
 
 Step = Callable[..., dict[str, Tensor]]
 
@@ -45,7 +38,7 @@ def make(make_peft) -> Callable[..., Any]:
     def made(family: str, **options: Any) -> Any:
         if family != "mixtral":
             return make_peft(family, **options)
-        config = MixtralConfig(**SMALL_MIXTRAL, experts_implementation="eager")
+        config = MixtralConfig(**SMALL, num_local_experts=4, experts_implementation="eager")
         return make_peft(config, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], **options)
 
     return made

@@ -6,6 +6,8 @@ On a GPU these are CUDA graphs; on a CPU `graph_emulation` stands in for them.
 import copy
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -387,6 +389,16 @@ class Cycle:
         weakref.finalize(self, told.append, "collected")
 
 
+@contextmanager
+def collecting_often() -> Iterator[None]:
+    thresholds = gc.get_threshold()
+    gc.set_threshold(10, 2, 2)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+
+
 def test_no_garbage_is_collected_while_a_stream_is_recorded(make_peft, step, monkeypatch) -> None:
     """A pinned buffer among it goes back to the driver, which breaks off the recording."""
     model = make_peft("llama")
@@ -403,14 +415,10 @@ def test_no_garbage_is_collected_while_a_stream_is_recorded(make_peft, step, mon
         return recorded
 
     monkeypatch.setattr(layer_graphs._Recording, "run", watched)
-    thresholds = gc.get_threshold()
     Cycle(collected)
-    try:
-        gc.set_threshold(10, 2, 2)
+    with collecting_often():
         for _ in range(WARM + 1):
             step(model)
-    finally:
-        gc.set_threshold(*thresholds)
     assert within == [(False, 1), (False, 1)]
     assert gc.isenabled()
     assert graphs_of(result).replays
@@ -434,13 +442,9 @@ def test_what_earlier_runs_have_pinned_does_not_break_it_off(
     monkeypatch.setattr(layer_graphs._Recording, "run", with_garbage)
     model = make_peft("llama", torch.bfloat16)
     result = fused(model, True)
-    thresholds = gc.get_threshold()
-    try:
-        gc.set_threshold(10, 2, 2)
+    with collecting_often():
         for _ in range(WARM + 1):
             step(model)
-    finally:
-        gc.set_threshold(*thresholds)
     assert graphs_of(result).replays, graphs_of(result).reasons
 
 
