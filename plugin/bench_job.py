@@ -32,6 +32,8 @@ class Job:
         device: `cuda` or `cpu`.
         flags: Of `FuseConfig`, for lorafuse.
         profile: Rows of the profile of one further step; 0: none.
+        prepare_kbit: The model is as PEFT's `prepare_model_for_kbit_training` leaves it: norms,
+            embedding and head in fp32. Of 4-bit weights only.
     """
 
     system: str
@@ -48,6 +50,7 @@ class Job:
     device: str
     flags: dict[str, Any] = field(default_factory=dict)
     profile: int = 0
+    prepare_kbit: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rank", "batch", "tokens", "documents", "steps"):
@@ -60,6 +63,10 @@ class Job:
                 raise FuseConfigError(
                     f"--{name} {getattr(self, name)} is not supported; use {' or '.join(known)}"
                 )
+        if self.prepare_kbit and self.quant != "nf4":
+            raise FuseConfigError(
+                f"--prepare-kbit is for 4-bit weights, got --quant {self.quant}; use --quant nf4"
+            )
         if self.tokens % self.documents:
             raise FuseConfigError(
                 f"--tokens {self.tokens} cannot be cut into --documents {self.documents} of equal "
@@ -90,6 +97,8 @@ class Job:
             words.append(f"--attention {self.attention}")
         words.append(f"--device {self.device}")
         words.append("--checkpointing" if self.checkpointing else "--no-checkpointing")
+        if self.prepare_kbit:
+            words.append("--prepare-kbit")
         words.append(f"--systems {','.join(systems)}")
         for name, value in self.flags.items():
             shown = str(value).lower() if isinstance(value, bool) else value
@@ -102,6 +111,8 @@ class Job:
         """One line for people: model and shapes."""
         layers = "" if self.layers is None else f" ({self.layers} layers)"
         weights = "NF4" if self.quant == "nf4" else "bf16"
+        if self.prepare_kbit:
+            weights += ", the rest in fp32"
         packed = f", {self.documents} documents a row" if self.documents > 1 else ""
         kept = "gradient checkpointing" if self.checkpointing else "nothing recomputed"
         return (

@@ -2,15 +2,16 @@
 
 Weights, adapters and tokens come from fixed seeds, each seeded anew, so that nothing that a system
 draws in between can shift them. Everything is what TRL's and Axolotl's QLoRA runs have: weights in
-bf16 or NF4, adapters in fp32. Norms, embedding and head stay in bf16 (PEFT's
-`prepare_model_for_kbit_training` would make them fp32 and stock slower).
+bf16 or NF4, adapters in fp32. Norms, embedding and head stay in bf16, unless the job says that
+PEFT's `prepare_model_for_kbit_training` makes them fp32, as its own guide has it: Axolotl casts
+them back, and TRL does not call it.
 """
 
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -55,6 +56,8 @@ def parameters(model: Model) -> int:
 
 def adapted(base: PreTrainedModel, job: Job) -> PeftModel:
     """With LoRA on every linear layer (of both towers) but the head, ready to train."""
+    if job.prepare_kbit:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     torch.manual_seed(1)
     lora = LoraConfig(
         r=job.rank, lora_alpha=job.rank, target_modules="all-linear", task_type="CAUSAL_LM"

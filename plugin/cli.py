@@ -108,6 +108,13 @@ def bench(
     ] = None,
     documents: Annotated[int, typer.Option(help="Packed into each row, of equal length.")] = 1,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = True,
+    prepare_kbit: Annotated[
+        bool,
+        typer.Option(
+            "--prepare-kbit",
+            help="Of PEFT, prepare_model_for_kbit_training: norms, embedding and head in fp32.",
+        ),
+    ] = False,
     steps: Annotated[int, typer.Option(help="Timed ones a round, after two untimed.")] = 5,
     rounds: Annotated[int, typer.Option(help="Fresh processes of each system.")] = 2,
     attention: Annotated[
@@ -171,6 +178,7 @@ def bench(
                 device=device,
                 flags=read_flags(flag or []),
                 profile=profile,
+                prepare_kbit=prepare_kbit,
             )
             for name in model_names(model)
         ]

@@ -456,8 +456,10 @@ def test_a_recording_that_fails_leaves_the_generator_as_it_was(device) -> None:
     expected = torch.randn(5, device=device)
     torch.manual_seed(3)
     recorder = CudaRecorder(device)
-    recorder.record(lambda: [torch.ones(4, device=device)])
+    held = recorder.record(lambda: [torch.ones(4, device=device)])  # else the pool is gone with it
     with pytest.raises(RuntimeError, match="captur"):
         recorder.record(torch.cuda.synchronize)
     assert torch.equal(torch.randn(5, device=device), expected)
-    CudaRecorder(device).record(lambda: [torch.ones(4, device=device)])
+    replay, _ = CudaRecorder(device).record(lambda: [torch.ones(4, device=device)])
+    replay()
+    held[0]()

@@ -150,6 +150,18 @@ def test_packed_documents_and_flags() -> None:
     assert "--flag fused_rope=true" in packed.command([], 1)
 
 
+def test_4_bit_prepared_as_peft_does_it() -> None:
+    prepared = replace(JOB, quant="nf4", prepare_kbit=True)
+    stock, fused = here(prepared)[-1], here(replace(prepared, system="lorafuse"))[-1]
+    assert fused["losses"] == pytest.approx(stock["losses"], abs=1e-2)
+    assert fused["gradient_norms"] == pytest.approx(stock["gradient_norms"], rel=2e-2)
+    assert fused["report"]["operations"]["lora_mlp"]["levels"] == {"layer": 2}
+    base = adapted(base_model(find_model("tiny"), prepared), prepared).get_base_model()
+    assert {p.dtype for p in base.lm_head.parameters()} == {torch.float32}
+    assert stock["losses"] != here(replace(JOB, quant="nf4"))[-1]["losses"]
+    assert " --prepare-kbit " in prepared.command([], 1)
+
+
 def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
     LlamaConfig(vocab_size=2**40, hidden_size=64, num_attention_heads=2).save_pretrained(tmp_path)
     stage, end = here(replace(JOB, model=str(tmp_path)))
@@ -213,6 +225,10 @@ def test_rounds_turn_around_and_leave_out_what_failed(monkeypatch: pytest.Monkey
         (("--model", "tiny", "--batch", "0"), "--batch 0: give 1 or more"),
         (("--model", "tiny", "--rounds", "0"), "--rounds 0: give 1 or more"),
         (("--model", "tiny", "--quant", "int8"), "use nf4 or none"),
+        (
+            ("--model", "tiny", "--quant", "none", "--prepare-kbit"),
+            "--prepare-kbit is for 4-bit weights, got --quant none",
+        ),
         (("--model", "tiny", "--profile", "9"), "--profile lists a GPU's kernels"),
         (("--model", "tiny", "--plot", "a.pdf"), "the picture is a PNG"),
         (("--model", "tiny,smollm2-135m", "--plot", "a.png"), "--plot draws one model"),
