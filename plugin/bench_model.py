@@ -57,7 +57,8 @@ def parameters(model: Model) -> int:
 def adapted(base: PreTrainedModel, job: Job) -> PeftModel:
     """With LoRA on every linear layer (of both towers) but the head, ready to train."""
     if job.prepare_kbit:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        prepare: Any = prepare_model_for_kbit_training
+        base = prepare(base, use_gradient_checkpointing=False)
     torch.manual_seed(1)
     lora = LoraConfig(
         r=job.rank, lora_alpha=job.rank, target_modules="all-linear", task_type="CAUSAL_LM"
