@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lorafuse.kernels.lora_linear import compute_dtype
 from lorafuse.patches.host_memory import OnHost, available_bytes, embedding_table
 from lorafuse.patches.layer_sizes import LayerSizes
 from lorafuse.patches.memory_plan import (
@@ -201,8 +202,9 @@ class Checkpointing:
         accumulates = any(p.grad is not None for p in self.parameters())
         limit = float("inf") if self.host_limit_bytes is None else self.host_limit_bytes
         return Batch(
-            sizes, rows * length, h.dtype.itemsize, length, self.vocabulary, accumulates, limit
-        )
+            sizes, rows * length, compute_dtype(h).itemsize, length, self.vocabulary, accumulates,
+            limit, h.dtype.itemsize,
+        )  # fmt: skip
 
     def host_bytes(self, device: torch.device) -> float:
         """Memory of the host that tensors may take, what they have of it by now included.

@@ -152,7 +152,8 @@ class FusedDecoderLayer(FusedForward):
             shares_heads=heads.query != heads.key_value,
             norms_behind=self.layer.mlp_post_norm is not None,
             scaled=self.layer.residual_scale != 1.0,
-            window=window if isinstance(window, int) else None,
+            # transformers makes a mask for rows as long as the window; we see that it hides nothing
+            window=window - (attention.backend != "auto") if isinstance(window, int) else None,
             gradients=sum(gradient_bytes(group, padded=i < 3) for i, group in enumerate(groups)),
         )
 

@@ -32,7 +32,7 @@ class LayerSizes:
         shares_heads: there are fewer heads of keys.
         norms_behind: the blocks' outputs are normed, too.
         scaled: they are scaled before they are added.
-        window: of sliding attention, in tokens; None: full attention.
+        window: of sliding attention, in tokens that need no mask; None: full attention.
         gradients: bytes of the adapters' gradients, which backward leaves.
     """
 
@@ -50,7 +50,7 @@ class LayerSizes:
     gradients: int = 0
 
     @cache  # noqa: B019  # a handful of sizes, asked in each forward pass
-    def kept(self, mode: str, tokens: int, length: int, itemsize: int) -> int:
+    def kept(self, mode: str, tokens: int, length: int, itemsize: int, stream: int) -> int:
         """Bytes that stay on the GPU from forward to backward.
 
         Args:
@@ -58,34 +58,39 @@ class LayerSizes:
             tokens: T.
             length: of them, in a row.
             itemsize: bytes of an element.
+            stream: of the residual stream's.
         """
         kept = tokens * (itemsize * sum(self.folds[2:]) + 2 * _FP32 * (1 + self.norms_behind))
-        kept += sum(self._large(tokens, length, itemsize))
+        kept += sum(self._large(tokens, length, itemsize, stream))
         if mode == OFFLOAD:
-            kept -= self.taken(tokens, length, itemsize)
+            kept -= self.taken(tokens, length, itemsize, stream)
         if mode == OFF:
-            more = self.qkv + self.rotated + self.hidden + self.gate_up + self.folds[2]
+            more = self.qkv + self.rotated + self.gate_up + self.folds[2]
             kept += itemsize * tokens * (more + self.hidden * self.norms_behind)
+            kept += stream * tokens * self.hidden  # h2
         return kept
 
-    def _large(self, tokens: int, length: int, itemsize: int) -> list[int]:
+    def _large(self, tokens: int, length: int, itemsize: int, stream: int) -> list[int]:
         """Bytes of each tensor that every mode keeps, and that grows large with the tokens."""
-        # h, o, with norms behind the MLP's output; XA of qkv and o
-        elements = [self.hidden, self.attention, self.hidden * self.norms_behind, *self.folds[:2]]
-        if self.window is not None and length >= self.window:
+        # o, with norms behind the MLP's output; XA of qkv and o
+        elements = [self.attention, self.hidden * self.norms_behind, *self.folds[:2]]
+        if self.window is not None and length > self.window:
             # A dense mask: k and v are repeated for each query head, and the mask is kept as bias.
             elements += [self.attention, self.attention, length]
         # log-sum-exp; rstd of the norms on q's and k's heads
         both = self.rotated * self.heads // self.attention
         wide = [self.heads, self.heads, both - self.heads] if both else [self.heads]
-        return [tokens * itemsize * one for one in elements] + [
-            tokens * _FP32 * one for one in wide
+        return [
+            tokens * stream * self.hidden,  # h
+            *(tokens * itemsize * one for one in elements),
+            *(tokens * _FP32 * one for one in wide),
         ]
 
     @cache  # noqa: B019
-    def taken(self, tokens: int, length: int, itemsize: int) -> int:
+    def taken(self, tokens: int, length: int, itemsize: int, stream: int) -> int:
         """Bytes that `offload` takes to the host."""
-        return sum(one for one in self._large(tokens, length, itemsize) if one >= SMALL_BYTES)
+        large = self._large(tokens, length, itemsize, stream)
+        return sum(one for one in large if one >= SMALL_BYTES)
 
     def gate_up_bytes(self, tokens: int, itemsize: int) -> int:
         """Of gate/up, with room for the gradient of what is folded in."""
@@ -99,7 +104,7 @@ class LayerSizes:
 
     @cache  # noqa: B019
     def working(
-        self, mode: str, tokens: int, itemsize: int, spilled: bool = False
+        self, mode: str, tokens: int, itemsize: int, stream: int, spilled: bool = False
     ) -> tuple[int, int]:
         """Bytes that one layer's (forward, backward) needs beside what is kept and fetched.
 
@@ -107,9 +112,11 @@ class LayerSizes:
             mode: one of `MODES`.
             tokens: T.
             itemsize: bytes of an element.
+            stream: of the residual stream's.
             spilled: gate/up goes to the host.
         """
         T, H, N, A = tokens, self.hidden, self.qkv, self.attention
+        wide_H = H * stream // itemsize  # of the residual stream
         tiles = -(-T // TILE_ROWS.get(mode, T))
         rows = -(-T // tiles)
         f_qkv, f_o, f_gate_up, f_down = self.folds
@@ -119,6 +126,8 @@ class LayerSizes:
         again = mode != OFF
         apart = self.norms_behind or self.scaled  # the residual is added behind the block
         behind = H * apart
+        # What is added to the stream, or comes from it, is cast.
+        cast = H * (stream != itemsize and not apart)
         makes = again and not spilled
         gate_up = rows * (self.gate_up + f_gate_up) if makes else 0
         # What is written once for several products: W of gate/up, of down too with several tiles.
@@ -127,17 +136,18 @@ class LayerSizes:
         second = (H + f_down) * (inner + f_down) if keeps and tiles > 1 else 0
         in_tile = first + second + max(
             rows * (H + f_gate_up) + (0 if first else W_gate_up),  # x, and the GEMM, or that of dx
-            rows * (inner + f_down) + (0 if second else W_down),  # m or dm
+            rows * (inner + f_down + cast) + (0 if second else W_down),  # m or dm
         )  # fmt: skip
-        block = T * (N + self.rotated + 2 * H + behind) if again else T * H
+        block = T * (N + self.rotated + 2 * wide_H + behind) if again else T * wide_H
         forward = max(
             block + gate_up + in_tile,
             T * (H + f_qkv) + W_qkv + (T * N if again else 0),
         )
-        dh, dh2 = T * (H + f_down), T * (H + f_o)
+        dh, dh2 = T * (wide_H + f_down), T * (wide_H + f_o)
         through = T * (2 * H + f_down) * apart  # dd, and a or dh2
-        h2 = T * H if again else 0
-        mlp = dh + through + h2 + max(
+        h2 = T * wide_H if again else 0
+        of_dh = rows * (f_down if cast else 0)  # beside the cast one
+        mlp = dh + through + h2 + of_dh + max(
             (dh2 if tiles > 1 else 0) + gate_up + in_tile,
             dh2 + rows * H,
             T * A + W_o,
@@ -147,7 +157,7 @@ class LayerSizes:
         workspace = T * (2 * A * self.shares_heads * itemsize + _FP32 * (A + self.heads))
         qkv = T * (N + self.rotated) if again else 0
         turned = T * self.rotated
-        attention = dh2 + T * (H + f_o) * apart - gone + max(
+        attention = dh2 + T * (H + f_o) * (apart or cast > 0) - gone + max(
             T * A + qkv + T * (H + f_qkv) + W_qkv,
             T * A + qkv + T * N + workspace // itemsize,
             qkv + T * N + turned,
@@ -160,10 +170,13 @@ class LayerSizes:
             projections -= freed
         return itemsize * forward, itemsize * max(mlp, attention, projections)
 
-    def head(self, tokens: int, vocabulary: int, itemsize: int) -> int:
+    def head(self, tokens: int, vocabulary: int, itemsize: int, stream: int) -> int:
         """Bytes of the final norm and the loss, beside what is kept."""
-        size = itemsize * tokens * self.hidden
-        logits = itemsize * vocabulary * chunk_rows(tokens, vocabulary, itemsize, _LOGIT_BYTES)
+        size, wide = itemsize * tokens * self.hidden, stream * tokens * self.hidden
+        chunk = chunk_rows(tokens, vocabulary, itemsize, _LOGIT_BYTES)
+        logits = itemsize * vocabulary * chunk
+        if stream != itemsize:  # the head is cast, and the rows that are picked
+            logits += itemsize * vocabulary * self.hidden + stream * chunk * self.hidden
         scaled = _FP32 * min(tokens, _SCALED_ROWS) * self.hidden
         rows = 24 * tokens
-        return rows + size + max(2 * size + logits, 2 * size + scaled, 3 * size)
+        return rows + wide + max(2 * size + logits, size + wide + scaled, 3 * wide)

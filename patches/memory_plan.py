@@ -59,11 +59,12 @@ class Batch:
     Attributes:
         layers: in the order of the forward pass.
         tokens: T.
-        itemsize: bytes of an element.
+        itemsize: bytes of an element, of what the products read and write.
         length: tokens of a row; None: T.
         vocabulary: V.
         accumulates: the adapters' gradients are there already.
         host_limit_bytes: of the host's memory, for what `offload` keeps there.
+        stream: bytes of an element of the residual stream; None: as the others.
     """
 
     layers: Sequence[LayerSizes]
@@ -73,6 +74,12 @@ class Batch:
     vocabulary: int = VOCABULARY
     accumulates: bool = False
     host_limit_bytes: float = float("inf")
+    stream: int | None = None
+
+    @property
+    def itemsizes(self) -> tuple[int, int]:
+        """Of the products' tensors, of the residual stream's."""
+        return self.itemsize, self.stream or self.itemsize
 
     @property
     def row(self) -> int:
@@ -83,7 +90,7 @@ class Batch:
         """Bytes of each layer that `offload` takes to the host: none of the last one's."""
         last = len(self.layers) - 1
         return [
-            one.taken(self.tokens, self.row, self.itemsize) if mode == OFFLOAD and i < last else 0
+            one.taken(self.tokens, self.row, *self.itemsizes) if mode == OFFLOAD and i < last else 0
             for i, (one, mode) in enumerate(zip(self.layers, modes, strict=True))
         ]
 
@@ -94,7 +101,7 @@ class Batch:
             modes: one a layer.
             spilled: whether gate/up of a layer goes to the host, one a layer; empty: of none.
         """
-        layers, tokens, itemsize = self.layers, self.tokens, self.itemsize
+        layers, tokens, sizes = self.layers, self.tokens, self.itemsizes
         length = self.row
         last = len(layers) - 1
         gradients = 0 if self.accumulates else sum(one.gradients for one in layers)
@@ -103,15 +110,15 @@ class Batch:
         backward = []
         for i, (one, mode, own) in enumerate(zip(layers, modes, self.taken(modes), strict=True)):
             spills = bool(spilled) and spilled[i]
-            kept += one.kept(mode, tokens, length, itemsize)
+            kept += one.kept(mode, tokens, length, *sizes)
             if i == last and mode == OFFLOAD:  # whose tensors stay
-                kept += one.taken(tokens, length, itemsize)
+                kept += one.taken(tokens, length, *sizes)
             elif spills:
-                own += one.gate_up_bytes(tokens, itemsize)
+                own += one.gate_up_bytes(tokens, self.itemsize)
             taken.append(own)
-            working = one.working(mode, tokens, itemsize, spills)
+            working = one.working(mode, tokens, *sizes, spills)
             # The embedding's output is a local variable of the model's forward, too.
-            h = tokens * itemsize * one.hidden if i >= WINDOW and modes[0] == OFFLOAD else 0
+            h = tokens * sizes[1] * one.hidden if i >= WINDOW and modes[0] == OFFLOAD else 0
             most = max(most, kept + h + sum(taken[-WINDOW:]) + working[0])
             # The layer's own are fetched, and those of the layer before.
             backward.append(kept + before + own + working[1] + gradients)
@@ -119,7 +126,7 @@ class Batch:
             gradients -= 0 if self.accumulates else one.gradients
         leaving = sum(taken[-WINDOW:])  # on the GPU until backward fetches the first one back
         reach = max((i for i, own in enumerate(taken[WINDOW:]) if own), default=last)
-        head = kept + layers[-1].head(tokens, self.vocabulary, itemsize)
+        head = kept + layers[-1].head(tokens, self.vocabulary, *sizes)
         before_fetching = [*backward[reach + 2 :], head]
         return max(most, leaving + max(before_fetching), *backward)
 

@@ -245,6 +245,13 @@ def plan(
     quant: Annotated[
         str | None, typer.Option(metavar="nf4|none", help="Base weights. None: bf16.")
     ] = None,
+    prepare_kbit: Annotated[
+        bool | None,
+        typer.Option(
+            "--prepare-kbit",
+            help="Of PEFT, prepare_model_for_kbit_training: norms, embedding and head in fp32.",
+        ),
+    ] = None,
     targets: Annotated[
         str | None,
         typer.Option(metavar="A,B", help="What carries LoRA: q_proj,v_proj, or all-linear."),
@@ -308,6 +315,7 @@ def plan(
             "documents": documents,
             "rank": rank,
             "quant": quant,
+            "prepare_kbit": prepare_kbit,
             "targets": None if targets is None else read_targets(targets),
             "optimizer": optimizer,
             "accumulates": accumulates,

@@ -45,6 +45,8 @@ class Workload:
         accumulates: Gradients of an earlier micro-batch are there when a step begins.
         fold_alignment: Columns that r-wide parts are padded to; a GPU's by default.
         folded_weights: With `fused_folded_weights`: bf16 weights lie in buffers with room for LoRA.
+        prepare_kbit: The model is as PEFT's `prepare_model_for_kbit_training` leaves it: norms,
+            embedding and head in fp32, and with them the residual stream. Of `nf4` only.
 
     Raises:
         FuseConfigError: A value that is not supported, or targets that no layer has.
@@ -63,6 +65,7 @@ class Workload:
     accumulates: bool = False
     fold_alignment: int = GPU_FOLD_ALIGNMENT
     folded_weights: bool = False
+    prepare_kbit: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 2), ("batch", 1), ("documents", 1), ("rank", 1)):
@@ -76,6 +79,10 @@ class Workload:
                 raise FuseConfigError(
                     f"--{name} {getattr(self, name)} is not supported; use {' or '.join(known)}"
                 )
+        if self.prepare_kbit and self.quant != "nf4":
+            raise FuseConfigError(
+                f"--prepare-kbit is for 4-bit weights, got --quant {self.quant}; use --quant nf4"
+            )
         if self.tokens < 2 * self.documents:
             raise FuseConfigError(
                 f"--documents {self.documents} leaves less than 2 of {self.tokens} tokens each and "
@@ -101,6 +108,11 @@ class Workload:
     def rows(self) -> int:
         """T: tokens of the micro-batch."""
         return self.batch * self.tokens
+
+    @property
+    def stream(self) -> int:
+        """Bytes of an element of the residual stream, and of what is not in 4 bit."""
+        return FP32 if self.prepare_kbit else BF16
 
     @property
     def labelled(self) -> int:

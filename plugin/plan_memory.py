@@ -123,7 +123,8 @@ class Memory:
 
 
 def weight_bytes(workload: Workload) -> int:
-    """Frozen weights: the decoder layers' linears as quantised, all other parameters in bf16.
+    """Frozen weights: the decoder layers' linears as quantised, all other parameters in bf16, or
+    in fp32 where the model is prepared so.
 
     NF4: half a byte an element; for each block of 64 one byte, and for 256 of those 4 bytes (not
     double quantised: 4 bytes for each block). bitsandbytes keeps a copy of the codes a weight.
@@ -133,7 +134,7 @@ def weight_bytes(workload: Workload) -> int:
     if workload.quant == "none":
         groups = (group for layer in model.layers for group in workload.groups(layer))
         return BF16 * model.parameters + sum(group.room_bytes for group in groups)
-    total = BF16 * others
+    total = workload.stream * others
     for linear in model.linears:
         blocks = -(-linear.elements // _NF4_BLOCK)
         total += -(-linear.elements // 2) + 16 * FP32
@@ -203,7 +204,7 @@ class Step:
             raise ValueError(f"expected a mode for each of {count} layers, got {len(self.modes)}")
         self.spilled = list(spilled) or [False] * count
         self.workload = workload
-        self.T = workload.rows
+        self.T, self.stream = workload.rows, workload.stream
         self.ledger = Ledger()
         self.host_bytes = self.attention_bytes = 0
         self.kept: dict[str, int] = {}
@@ -248,17 +249,17 @@ class Step:
         # Tokens and labels, the shifted labels, positions; cos and sin; a mask of the documents.
         ledger.hold("batch", 6 * _INT64 * self.T)
         head_size = self.layers[0][0].head_size
-        ledger.hold("rotary tables", 2 * BF16 * workload.tokens * head_size)
+        ledger.hold("rotary tables", 2 * self.stream * workload.tokens * head_size)
         if workload.documents > 1:
             ledger.hold("attention mask", workload.batch * workload.tokens**2)
-        ledger.hold("h 0", BF16 * self.T * workload.model.hidden, KEPT)
+        ledger.hold("h 0", self.stream * self.T * workload.model.hidden, KEPT)
 
     def embeddings_on_host(self) -> int:
         """Bytes of the table that the mode `offload` moves to the host, and `auto` does not.
 
         See `patches.host_memory`.
         """
-        size = BF16 * self.workload.model.embeddings
+        size = self.stream * self.workload.model.embeddings
         return size if self.mode == OFFLOAD and size >= host_memory.LEAST_BYTES else 0
 
     # --- forward -------------------------------------------------------------------------------
@@ -323,12 +324,14 @@ class Step:
         self.hold("lse", i, FP32 * T * heads)
 
     def dense_mask(self, layer: LayerShape) -> bool:
-        """Whether a sliding window goes to torch's attention as a dense mask."""
-        return layer.window is not None and self.workload.tokens >= layer.window
+        """Whether a sliding window goes to torch's attention as a dense mask: not where it hides
+        nothing."""
+        return layer.window is not None and self.workload.tokens > layer.window
 
     def o(self, i: int, layer: LayerShape, group: GroupShape, again: bool = False) -> None:
         out = "a" if layer.adds_apart else "h2"
-        self._project(i, group, out, self.T * group.N, "oA", normed=False, again=again)
+        casts = self.casts_sums(layer)
+        self._project(i, group, out, self.T * group.N, "oA", normed=False, again=again, casts=casts)
         if layer.post_norms:
             if not again:
                 self.hold("a rstd", i, FP32 * self.T)
@@ -342,7 +345,8 @@ class Step:
         count, rows = self.tile(i)
         self.keeps = {"first", "second"} if count > 1 and rows >= first.K else set()
         out = ("d", i) if layer.adds_apart else ("h", i + 1)
-        self.hold(*out, BF16 * T * second.N)
+        casts = self.casts_sums(layer)
+        self.hold(*out, (self.stream if casts else BF16) * T * second.N)
         for name, width in (("gA", first.fold_forward), ("mA", second.fold_forward)):
             self.hold(name, i, BF16 * T * width)
         self.hold("mlp rstd", i, FP32 * T)
@@ -353,8 +357,9 @@ class Step:
         ledger.hold("m", BF16 * rows * (second.K + (second.fold_forward if folds else 0)))
         if self.makes_again(i):
             ledger.drop(f"gu {i}")
+        ledger.hold("y", BF16 * rows * second.N if casts else 0)
         self.weight("second", second, second.forward_weight_bytes(folds))
-        ledger.drop("m", "W first", "W second")
+        ledger.drop("y", "m", "W first", "W second")
         if layer.post_norms:
             self.hold("d rstd", i, FP32 * T)
             self._post_norm("h", i + 1, second.N)
@@ -379,34 +384,47 @@ class Step:
 
     def _project(
         self, i: int, group: GroupShape, out: str, elements: int, low: str, *,
-        normed: bool, again: bool,
+        normed: bool, again: bool, casts: bool = False,
     ) -> None:  # fmt: skip
-        """One group's forward: the normed or copied input, W, the output, and XA."""
+        """One group's forward: the normed or copied input, W, the output, and XA.
+
+        Args:
+            casts: The output is added to a residual of another dtype.
+        """
         T, ledger = self.T, self.ledger
         folds = group.folds_forward(T, copies_input=not normed)
         if normed or folds:
             width = group.K + (group.fold_forward if folds else 0)
             ledger.hold("x", BF16 * T * width)
-        self.hold(out, i, BF16 * elements)
+        if casts:
+            ledger.hold("y", BF16 * elements)
+        else:
+            self.hold(out, i, BF16 * elements)
         size = BF16 * T * group.fold_forward
         if again:
             ledger.hold("XA", size)
         elif size:
             self.hold(low, i, size)
         ledger.brief(group.forward_weight_bytes(folds))
-        ledger.drop("x", "XA")
+        if casts:
+            self.hold(out, i, self.stream * elements)
+        ledger.drop("x", "XA", "y")
 
     def _post_norm(self, out: str, i: int, features: int) -> None:
         """h2 = h + norm(a), or the next h = h2 + norm(d)."""
-        size = BF16 * self.T * features
-        self.ledger.hold("normed", size)
-        self.hold(out, i, size)
+        elements = self.T * features
+        self.ledger.hold("normed", BF16 * elements)
+        self.hold(out, i, self.stream * elements)
         self.ledger.drop("normed")
 
     def _scaled(self, block: str, out: tuple[str, int], i: int, features: int) -> None:
         """h2 = h + s a, or the next h = h2 + s d: nothing is kept of a and d."""
-        self.hold(*out, BF16 * self.T * features)
+        self.hold(*out, self.stream * self.T * features)
         self.ledger.drop(f"{block} {i}")
+
+    def casts_sums(self, layer: LayerShape) -> bool:
+        """Whether blocks' outputs are added to a residual stream of another dtype."""
+        return self.stream != BF16 and not layer.adds_apart
 
     # --- between -------------------------------------------------------------------------------
 
@@ -437,38 +455,41 @@ class Step:
         H, V, N = workload.model.hidden, workload.model.vocabulary, workload.labelled
         last = len(self.layers)
         ledger.hold("final rstd", FP32 * T, KEPT)
-        ledger.hold("final x", BF16 * T * H)
+        ledger.hold("final x", self.stream * T * H)
         if not any("h 0 leaving" in names for names in self.leaving):
             ledger.drop("h 0 leaving")
+        casts = self.stream != BF16
+        ledger.hold("head in bf16", BF16 * V * H if casts else 0, LOSS)
         ledger.hold("dX", BF16 * N * H, LOSS)
         ledger.hold("rows", _INT64 * N, LOSS)
         chunk = min(chunk_rows(N, V, BF16, _LOGIT_BYTES), N)
         ledger.hold("logits", BF16 * chunk * -(-V // 64) * 64, LOSS)
         ledger.hold("row results", (2 * FP32 + _INT64) * N, LOSS)
-        ledger.hold("rows of x", BF16 * chunk * H if N != T else 0, LOSS)
-        ledger.drop("rows of x", "logits", "final x")
+        picked = (self.stream if N != T else 0) + (BF16 if casts else 0)  # and cast
+        ledger.hold("rows of x", picked * chunk * H, LOSS)
+        ledger.drop("rows of x", "logits", "final x", "head in bf16")
         kept: defaultdict[str, int] = defaultdict(int)
         for name, (part, size) in ledger.live.items():
             if part == KEPT or name in ("dX", "rows"):
                 kept[_without_layer(name)] += size
         self.kept = dict(kept)
         ledger.moment = "backward of the loss"
-        ledger.hold("scaled dX", BF16 * N * H, LOSS)
+        ledger.hold("scaled dX", self.stream * N * H, LOSS)
         ledger.hold("scaled part", FP32 * min(N, _SCALED_ROWS) * H, LOSS)
         ledger.drop("scaled part")
         if N != T:
-            ledger.hold("d final x", BF16 * T * H)
+            ledger.hold("d final x", self.stream * T * H)
             ledger.drop("scaled dX")
         ledger.drop("dX", "rows", "row results")
-        ledger.hold(f"dh {last}", BF16 * T * (H + self.room_for_down(last - 1)))
+        ledger.hold(f"dh {last}", self.stream * T * (H + self.room_for_down(last - 1)))
         ledger.drop("d final x", "scaled dX", "final rstd", f"h {last}")
 
     # --- backward ------------------------------------------------------------------------------
 
     def room_for_down(self, i: int) -> int:
         """Columns beside the gradient of layer `i`'s output, for the one that reads it."""
-        if i < 0 or self.layers[i][0].adds_apart:
-            return 0  # the embedding asks for none, nor does a sum
+        if i < 0 or self.layers[i][0].adds_apart or self.stream != BF16:
+            return 0  # the embedding asks for none, nor does a sum, nor what casts its dY
         return self.layers[i][1].down.gradient_room(self.tile(i)[1])
 
     def backward(self, i: int, layer: LayerShape, groups: LayerGroups) -> None:
@@ -508,9 +529,11 @@ class Step:
         first, second = groups.gate_up, groups.down
         count, rows = self.tile(i)
         # Where dY has come without room for G, it may be copied to where it has.
-        copies = layer.scaled and second.folds_backward(rows, copies_input=True)
-        has_room = copies if layer.scaled else second.gradient_room(rows) > 0
-        room_for_o = 0 if layer.adds_apart else groups.o.gradient_room(T)
+        casts = self.casts_sums(layer)
+        comes_without = layer.scaled or casts
+        copies = comes_without and second.folds_backward(rows, copies_input=True)
+        has_room = copies if comes_without else second.gradient_room(rows) > 0
+        room_for_o = 0 if layer.adds_apart or casts else groups.o.gradient_room(T)
         self.keeps = set()
         if rows >= first.K:
             self.keeps = ({"first"} if makes else set()) | (
@@ -523,6 +546,8 @@ class Step:
                 ledger.drop("again")
             if copies:
                 ledger.hold("dd G", BF16 * rows * (H + second.fold_backward))
+            elif casts:
+                ledger.hold("dd G", BF16 * rows * H)
             if not has_room:
                 ledger.hold("G", BF16 * rows * second.fold_backward)
             ledger.hold("dm", BF16 * rows * second.K)
@@ -538,7 +563,7 @@ class Step:
             if makes:
                 ledger.drop(f"gu {i}")
             if tile == 0:
-                ledger.hold("dh2", BF16 * T * (H + room_for_o))
+                ledger.hold("dh2", self.stream * T * (H + room_for_o))
             ledger.drop("dx")
         ledger.drop("W first", "W second", "more gradients", "dd", f"gu {i}", f"dh {i + 1}")
         self.release(i, *_OF_MLP)
@@ -557,6 +582,9 @@ class Step:
             room = group.fold_backward if group.folds_backward(T, copies_input=True) else 0
             if room:
                 ledger.hold("da G", BF16 * T * (group.N + room))
+        elif self.casts_sums(layer):
+            room = group.gradient_room(T)
+            ledger.hold("da G", BF16 * T * (group.N + room))
         if not room:
             ledger.hold("G", BF16 * T * group.fold_backward)
         ledger.hold("do", BF16 * T * group.K)
@@ -587,7 +615,7 @@ class Step:
         ledger.hold("dx", BF16 * T * H)
         ledger.brief(group.backward_weight_bytes(folds))
         ledger.drop("dy G")
-        ledger.hold(f"dh {i}", BF16 * T * (H + self.room_for_down(i - 1)))
+        ledger.hold(f"dh {i}", self.stream * T * (H + self.room_for_down(i - 1)))
         ledger.drop("dx", "dqkv", "dh2", *(f"{name} {i}" for name in _OF_LAYER))
 
     def gradients(
@@ -645,7 +673,8 @@ def stock_memory(workload: Workload) -> Memory:
     workload = replace(workload, folded_weights=False)
     T, model = workload.rows, workload.model
     own = adapter_bytes(workload)
-    h = BF16 * T * model.hidden
+    h = workload.stream * T * model.hidden
+    cast_head = BF16 * model.vocabulary * model.hidden * (workload.stream != BF16)
     fixed = {
         WEIGHTS: weight_bytes(workload),
         ADAPTERS: own * (2 if workload.accumulates else 1),
@@ -658,12 +687,13 @@ def stock_memory(workload: Workload) -> Memory:
     for layer in model.layers:
         groups, H, inner = workload.groups(layer), layer.hidden, layer.intermediate
         state = (24 if layer.post_norms else 12) * H + 8 * inner + 2 * groups.qkv.N
+        state += (workload.stream - BF16) * 4 * H
         state += layer.query_heads * (2 * layer.head_size + FP32)
         weight = BF16 * H * inner if workload.quant == "nf4" else 0
         in_layer = max(in_layer, T * (state + 8 * inner + 4 * H) + weight)
     at_buffers = fixed[BUFFERS] + in_layer
     moments = {
-        "head and loss": fixed | {LOSS: 12 * T * model.vocabulary},
+        "head and loss": fixed | {LOSS: 12 * T * model.vocabulary + cast_head},
         f"backward of layer {len(model.layers)}": fixed | {BUFFERS: at_buffers},
         "backward of layer 1": fixed | {BUFFERS: at_buffers, KEPT: h, ADAPTERS: 2 * own},
     }

@@ -24,6 +24,8 @@ def describe(workload: Workload) -> str:
     weights = "bf16" if workload.quant == "none" else "NF4"
     if workload.quant == "nf4" and not workload.double_quant:
         weights += " without double quantisation"
+    if workload.prepare_kbit:
+        weights += ", the rest in fp32"
     on = "" if workload.targets == ALL_LINEAR else f" on {shown(workload.targets)}"
     packed = f", {workload.documents} documents a row" if workload.documents > 1 else ""
     adam = "8-bit AdamW" if workload.optimizer == "adamw_8bit" else "AdamW"

@@ -66,6 +66,12 @@ def read_target(target: str, options: Mapping[str, Any]) -> tuple[Workload, list
         settings = read_yaml(path)
         check(settings)
         fields, notes = _fields(settings)
+        if given.get("prepare_kbit"):
+            raise FuseConfigError(
+                "--prepare-kbit is for a script of your own; Axolotl casts what "
+                "prepare_model_for_kbit_training made fp32 back. Leave it out, or name a geometry "
+                "or a model's folder instead of a YAML"
+            )
         config, name = load_config(settings), str(settings["base_model"])
     elif target in GEOMETRIES:
         settings, fields, config, name = {}, dict(DEFAULTS), GEOMETRIES[target].config(), target
@@ -79,9 +85,9 @@ def read_target(target: str, options: Mapping[str, Any]) -> tuple[Workload, list
         keep_layers(config, layers)
     shape = model_shape(name, config, trust_remote_code=settings.get("trust_remote_code") is True)
     workload = Workload(shape, **(fields | given))
-    if any(layer.window and workload.tokens >= layer.window for layer in shape.layers):
+    if any(layer.window and workload.tokens > layer.window for layer in shape.layers):
         notes.append(
-            "rows as long as the sliding window go through torch's attention with a dense mask, "
+            "rows longer than the sliding window go through torch's attention with a dense mask, "
             "whose memory grows with the square of their length and is predicted roughly"
         )
     if shape.eager:

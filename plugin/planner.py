@@ -125,8 +125,8 @@ class Plan:
         settings = {
             name: getattr(workload, name)
             for name in (
-                "tokens", "batch", "documents", "rank", "quant", "double_quant", "optimizer",
-                "adapter_bytes", "accumulates",
+                "tokens", "batch", "documents", "rank", "quant", "double_quant", "prepare_kbit",
+                "optimizer", "adapter_bytes", "accumulates",
             )
         }  # fmt: skip
         return {
@@ -203,7 +203,7 @@ def batch_of(workload: Workload, host_bytes: float = float("inf")) -> Batch:
     return Batch(
         [layer_sizes(workload, layer) for layer in workload.model.layers],
         workload.rows, BF16, workload.tokens, workload.model.vocabulary, workload.accumulates,
-        host_bytes,
+        host_bytes, workload.stream,
     )  # fmt: skip
 
 

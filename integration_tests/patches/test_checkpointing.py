@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -151,13 +152,26 @@ def test_how_many_layers_compute_attention_again(make_peft) -> None:
     chosen = apply(model, ALL, checkpointing=OFFLOAD).checkpointing
     chosen.layers = [chosen.layers[0]] * 9
     length = 2**17
-    h = torch.empty(2, length, 64, device="meta")
+    h = torch.empty(2, length, 64)
     o = 4 * h.shape[0] * length * chosen.layers[0].sizes.attention
-    taken = chosen.layers[0].sizes.taken(2 * length, length, 4)
+    taken = chosen.layers[0].sizes.taken(2 * length, length, 4, 4)
     for host, expected in ((1e12, 0), (8 * taken - 1, 1), (8 * taken - 3 * o - 1, 4), (0, 8)):
         chosen.attention_again, chosen.modes = 0, [OFFLOAD] * 9
         chosen.fit_host(chosen.batch(h), host)
         assert chosen.attention_again == expected
+
+
+def test_what_is_planned_for_a_stream_in_fp32(make_peft) -> None:
+    chosen = apply(make_peft("llama"), ALL, checkpointing=AUTO).checkpointing
+    h = torch.empty(2, 8192, 64)
+    assert chosen.batch(h).itemsizes == (4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = chosen.batch(h)
+        assert chosen.batch(h.bfloat16()).itemsizes == (2, 2)
+    assert batch.itemsizes == (2, 4)
+    modes = [SELECTIVE] * 2
+    in_fp32, in_bf16 = chosen.batch(h).bytes(modes), replace(batch, stream=2).bytes(modes)
+    assert in_bf16 < batch.bytes(modes) < in_fp32
 
 
 @pytest.mark.parametrize("mode", [SELECTIVE, OFFLOAD])

@@ -46,7 +46,7 @@ def test_a_plan_holds_to_both_memories_and_leaves_the_last_layer(mode) -> None:
     # What the first layers spill passes through before the most is kept.
     assert BATCH.bytes(modes, BATCH.spilled(modes, least, Spill(RATES, 1e12))) <= least
     assert not any(BATCH.spilled(modes, 0, Spill(RATES, 1e12)))
-    taken = LLAMA_8B[0].taken(TOKENS, 4096, 2) * 31 if mode == OFFLOAD else 0
+    taken = LLAMA_8B[0].taken(TOKENS, 4096, 2, 2) * 31 if mode == OFFLOAD else 0
     few = BATCH.spilled(modes, 1e12, Spill(RATES, taken + 6 * size))
     assert 0 < sum(few) <= 6
     assert not any(BATCH.spilled(modes, 1e12, Spill(RATES, taken)))
@@ -66,7 +66,7 @@ def test_auto_computes_less_again_with_the_host_and_fits() -> None:
 
 
 def test_auto_puts_no_more_on_the_host_than_it_may() -> None:
-    taken = LLAMA_8B[0].taken(TOKENS, 4096, 2)
+    taken = LLAMA_8B[0].taken(TOKENS, 4096, 2, 2)
     assert BATCH.plan(0).modes == [OFFLOAD] * 32
     for layers in (0, 3, 20):
         limited = replace(BATCH, host_limit_bytes=(layers + 0.5) * taken)

@@ -9,6 +9,10 @@ from types import ModuleType
 
 import pytest
 
+from lorafuse.plugin.geometries import find_model
+from lorafuse.plugin.plan_model import model_shape
+from lorafuse.plugin.planner import Workload, predict
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "integration_tests" / "gpu" / "memory_points.py"
 MEASURED = SCRIPT.with_name("memory_points_h100.json")
@@ -45,6 +49,26 @@ def test_the_planner_still_predicts_what_was_measured(script: ModuleType) -> Non
         assert len({getattr(point, name) for point in points}) >= least, name
     for point in points:
         assert point.predicted_bytes == pytest.approx(point.measured_bytes, rel=0.04), point.line()
+
+
+def test_so_it_does_with_the_rest_in_fp32() -> None:
+    """What `bench --prepare-kbit` has measured on an H100."""
+    content = json.loads(
+        (SCRIPT.parent / "measured" / "bench_prepare_kbit.json").read_text("utf-8")
+    )
+    seen = 0
+    for one in content["models"]:
+        job, fused = one["arguments"], one["systems"]["lorafuse"]
+        if job["flags"] != {"fused_checkpointing": False}:  # as YAML reads a bare `off`
+            continue
+        shape = model_shape(job["model"], find_model(job["model"]).config)
+        workload = Workload(
+            shape, job["tokens"], job["batch"], rank=job["rank"], prepare_kbit=job["prepare_kbit"]
+        )
+        found = predict(workload, "off").peak_bytes / 1e9
+        assert found == pytest.approx(fused["peak_allocated_GB"], rel=0.005), job["model"]
+        seen += 1
+    assert seen == 4
 
 
 def test_the_page_and_the_readme_say_so(

@@ -167,11 +167,21 @@ def test_what_else_is_to_be_said(write: Any, settings: dict[str, Any], note: str
 
 def test_long_rows_of_a_window_are_said_to_be_rough() -> None:
     shorter, longer = (
-        read_target("gemma-2-9b", {"layers": 2, "tokens": tokens})[1] for tokens in (4095, 4096)
+        read_target("gemma-2-9b", {"layers": 2, "tokens": tokens})[1] for tokens in (4096, 4097)
     )
     # transformers 5.24 adds a note of its own: its Gemma 2 is eager
     assert not any("grows with the square" in note for note in shorter)
     assert "grows with the square" in longer[0]
+
+
+def test_the_rest_in_fp32(tmp_path: Path, write: Any) -> None:
+    file = tmp_path / "plan.json"
+    result = invoke("tiny", "--prepare-kbit", "--json", str(file))
+    assert result.exit_code == 0, result.output
+    assert "NF4, the rest in fp32" in " ".join(result.output.split())
+    assert json.loads(file.read_text("utf-8"))["prepare_kbit"] is True
+    refused = invoke(write(), "--prepare-kbit")
+    assert refused.exit_code == 1 and "--prepare-kbit is for a script of your own" in refused.stderr
 
 
 def test_a_models_folder(model_dir: Path) -> None:
@@ -246,6 +256,10 @@ def test_settings_that_are_refused(write: Any, settings: dict[str, Any], message
         (["tiny", "--tokens", "1"], "--tokens 1: give 2 or more"),
         (["tiny", "--batch", "0"], "--batch 0: give 1 or more"),
         (["tiny", "--quant", "int4"], "--quant int4 is not supported; use nf4 or none"),
+        (
+            ["tiny", "--quant", "none", "--prepare-kbit"],
+            "--prepare-kbit is for 4-bit weights, got --quant none",
+        ),
         (["tiny", "--optimizer", "sgd"], "--optimizer sgd is not supported; use adamw_8bit or"),
         (["tiny", "--layers", "9"], "--layers 9: the model has 2; give 1 to 2"),
         (["tiny", "--targets", " , "], "names nothing; give names, as in q_proj,v_proj"),

@@ -377,7 +377,8 @@ def mixed(count: int) -> list[list[str]]:
 @pytest.mark.parametrize(
     "name", ["llama-3.2-1b", "llama-3.1-8b", "qwen3-8b", "gemma-2-9b", "mistral-7b"]
 )
-def test_autos_estimate_is_a_little_above_the_walk(shapes: Any, name: str) -> None:
+@pytest.mark.parametrize("prepare", [False, True])
+def test_autos_estimate_is_a_little_above_the_walk(shapes: Any, name: str, prepare: bool) -> None:
     """`auto` decides by a formula for each layer; it is held against every allocation here."""
     shape = shapes(name)
     for tokens, batch, quant, rank in (
@@ -385,13 +386,20 @@ def test_autos_estimate_is_a_little_above_the_walk(shapes: Any, name: str) -> No
         (4096, 2, "nf4", 32), (8192, 1, "none", 16), (8192, 3, "nf4", 128), (32768, 1, "nf4", 32),
         (131072, 1, "nf4", 64), (131072, 2, "none", 8),
     ):  # fmt: skip
-        w = Workload(shape, tokens, batch, rank=rank, quant=quant, accumulates=batch == 3)
+        if prepare and quant == "none":
+            continue
+        w = Workload(
+            shape, tokens, batch, rank=rank, quant=quant, accumulates=batch == 3,
+            prepare_kbit=prepare,
+        )  # fmt: skip
         sizes = [layer_sizes(w, layer) for layer in shape.layers]
         for modes in mixed(len(shape.layers)):
             step = Step(w, modes)
             step.begin()
             begun = step.ledger.total
-            batch = Batch(sizes, w.rows, 2, tokens, shape.vocabulary, w.accumulates)
+            batch = Batch(
+                sizes, w.rows, 2, tokens, shape.vocabulary, w.accumulates, stream=w.stream
+            )
             estimate = begun + batch.bytes(modes)
             peak = Step(w, modes).run().peak_bytes
             assert 1 <= estimate / peak < 1.10, (w.tokens, w.batch, quant, rank, modes)
@@ -399,18 +407,21 @@ def test_autos_estimate_is_a_little_above_the_walk(shapes: Any, name: str) -> No
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b", "qwen3-8b", "gemma-2-9b"])
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_so_it_is_where_gate_up_waits_on_the_host(shapes: Any, name: str, every: int) -> None:
+@pytest.mark.parametrize("prepare", [False, True])
+def test_so_it_is_where_gate_up_waits_on_the_host(
+    shapes: Any, name: str, every: int, prepare: bool
+) -> None:
     shape = shapes(name)
     count = len(shape.layers)
     for tokens, batch in ((2048, 1), (4096, 2), (16384, 1), (65536, 1)):
-        w = Workload(shape, tokens, batch, rank=32)
+        w = Workload(shape, tokens, batch, rank=32, prepare_kbit=prepare)
         sizes = [layer_sizes(w, layer) for layer in shape.layers]
         for modes in mixed(count):
             first = max((i for i, mode in enumerate(modes) if mode != "off"), default=0)
             spilled = [i % every == 0 and i < first for i in range(count)]
             step = Step(w, modes)
             step.begin()
-            batch = Batch(sizes, w.rows, 2, tokens, shape.vocabulary)
+            batch = Batch(sizes, w.rows, 2, tokens, shape.vocabulary, stream=w.stream)
             estimate = step.ledger.total + batch.bytes(modes, spilled)
             peak = Step(w, modes, spilled).run().peak_bytes
             assert 1 <= estimate / peak < 1.25, (w.tokens, w.batch, modes)

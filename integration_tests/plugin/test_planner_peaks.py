@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -182,11 +182,17 @@ def offloading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(
-    config: PretrainedConfig, quant: str, shapes: Sequence[tuple[int, int]], modes: Sequence[str]
+    config: PretrainedConfig,
+    quant: str,
+    shapes: Sequence[tuple[int, int]],
+    modes: Sequence[str],
+    prepare_kbit: bool = False,
 ) -> list[tuple[int, int]]:
     """By (batch, tokens), bytes at the peak of a step, beside weights and adapters; on the host."""
     job = Job("lorafuse", "small", None, quant, 8, 1, 2, 1, False, 1, "sdpa", "cpu")
     base = base_model(Model("small", config, None), job)
+    if prepare_kbit:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     lora = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model: Any = get_peft_model(base, lora).train()
     fused = fuse(model, FuseConfig(fused_checkpointing="selective"))
@@ -211,11 +217,16 @@ def measured(
 
 
 def planned(
-    config: PretrainedConfig, quant: Any, batch: int, tokens: int, modes: Sequence[str]
+    config: PretrainedConfig,
+    quant: Any,
+    batch: int,
+    tokens: int,
+    modes: Sequence[str],
+    prepare_kbit: bool = False,
 ) -> tuple[int, int]:
     workload = Workload(
         model_shape("small", config), tokens, batch, rank=8, quant=quant,
-        fold_alignment=fold_alignment(torch.device("cpu")),
+        fold_alignment=fold_alignment(torch.device("cpu")), prepare_kbit=prepare_kbit,
     )  # fmt: skip
     at_rest = weight_bytes(workload) + adapter_bytes(workload) + optimizer_bytes(workload)
     memory = Step(workload, modes).run()
@@ -225,15 +236,17 @@ def planned(
 SHAPES = ((2, 96), (1, 512))
 
 
-def check(family: str, quant: str, words: int, modes: Sequence[str], layers: int) -> None:
+def check(
+    family: str, quant: str, words: int, modes: Sequence[str], layers: int, prepare: bool = False
+) -> None:
     pytest.importorskip("bitsandbytes")
     config = FAMILIES[family](**SIZES, vocab_size=words, num_hidden_layers=layers)
     if model_shape("small", config).eager:
         pytest.skip("eager attention is not predicted, and the plan says so")
     for (batch, tokens), (real, host) in zip(
-        SHAPES, measured(config, quant, SHAPES, modes), strict=True
+        SHAPES, measured(config, quant, SHAPES, modes, prepare), strict=True
     ):
-        found, found_host = planned(config, quant, batch, tokens, modes)
+        found, found_host = planned(config, quant, batch, tokens, modes, prepare)
         assert found == pytest.approx(real, rel=0.01), (batch, tokens, found / real - 1)
         assert found_host == host
 
@@ -255,6 +268,15 @@ def test_a_real_step_allocates_what_is_planned(
     family: str, quant: str, mode: str, words: int
 ) -> None:
     check(family, quant, words, [mode] * 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [("llama", 128), ("llama", 8000), ("qwen3", 128), ("gemma2", 128), ("granite", 128)],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_with_the_rest_in_fp32(family: str, mode: str, words: int) -> None:
+    check(family, "nf4", words, [mode] * 5, 5, prepare=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
