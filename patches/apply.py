@@ -5,6 +5,7 @@ its projections alone), MLP, norms. What is fused, at which level, and why the r
 recorded per operation and module.
 """
 
+import inspect
 import random
 import sys
 import time
@@ -32,6 +33,7 @@ from lorafuse.patches.decoder_layer import FusedDecoderLayer
 from lorafuse.patches.documents import DocumentFinder
 from lorafuse.patches.fp8 import OPERATION as FP8
 from lorafuse.patches.fp8 import Fp8Noise, Fp8Record, Group, measure_noise, switch_on
+from lorafuse.patches.label_places import LabelPlaces, WatchedLabels
 from lorafuse.patches.layer_graphs import GraphRecord, LayerGraphs
 from lorafuse.patches.layer_graphs import why_not as why_no_graphs
 from lorafuse.patches.loss import (
@@ -44,6 +46,8 @@ from lorafuse.patches.mlp import FusedMlp
 from lorafuse.patches.modes import AUTO, OFFLOAD
 from lorafuse.patches.moe import FusedExperts, call_experts, ignored_adapters, small_copy
 from lorafuse.patches.norms import FusedRmsNorm
+from lorafuse.patches.padding_free import OPERATION as PADDING_FREE
+from lorafuse.patches.padding_free import PaddingFree, verify_padding_free
 from lorafuse.patches.positions import PositionLimit
 from lorafuse.patches.probe import (
     TOKENS,
@@ -245,13 +249,15 @@ class _Applier:
         host_limit_bytes: float | None,
         graphs: bool,
         folded_weights: bool,
+        padding_free: bool,
     ) -> None:
         self.model, self.enabled, self.fp8, self.graphs = model, enabled, fp8, graphs
-        self.folds_weights = folded_weights
+        self.folds_weights, self.padding_free = folded_weights, padding_free
         self.checkpointing = Checkpointing(checkpointing, budget_bytes, host_limit_bytes)
         self.groups: list[Group] = []
         self.structures, self.formats, self.backend = structures, formats, backend
-        self.finder = DocumentFinder()
+        self.places = LabelPlaces()
+        self.finder = DocumentFinder(self.places)
         self.names = {id(module): name for name, module in model.named_modules()}
         self.result = FusedModel()
         self.claimed: set[int] = set()
@@ -296,11 +302,16 @@ class _Applier:
                 self.result.records.append(GraphRecord("", reason=_NO_ADAPTERS))
             if self.folds_weights:
                 self.result.records.append(WeightRoomRecord("", _NO_ADAPTERS))
+            if self.padding_free:
+                self.result.records.append(
+                    OperationRecord(PADDING_FREE, "", False, reason=_NO_ADAPTERS)
+                )
             return self.result
         started = time.perf_counter()
         for module in {f.description.module for f in found}:
             self.indexes.setdefault(self.sign(module), set()).update(layer_indexes(module))
         layers = [f for f in found if isinstance(f.description, DecoderLayer)]
+        padded = self.why_padded() if self.padding_free else None
         self.probe(layers, [f for f in found if isinstance(f.description, Attention)])
         for f in layers:
             self.layer(f)
@@ -315,7 +326,10 @@ class _Applier:
                 if isinstance(f.description, kind) and id(f.description.module) not in self.claimed:
                     fuse_one(f)
         self.causal_loss()
+        self.watch_labels()
         self.checkpoint(layers)
+        if self.padding_free:
+            self.leave_padding_out(padded)
         if self.graphs:
             self.record_graphs(layers)
         self.report_nothing()
@@ -353,6 +367,11 @@ class _Applier:
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+    def backbone(self) -> Any:
+        """The model under its head; all of it where there is no such part."""
+        core = self.core()
+        return getattr(core, getattr(core, "base_model_prefix", "") or "model", core)
+
     def probe(self, layers: Sequence[_Found], attentions: Sequence[_Found]) -> None:
         """Records how the decoder layers are called, and whatever else holds an attention."""
         if not self.asks("lora_qkv", "lora_o", "rope"):
@@ -361,8 +380,7 @@ class _Applier:
         inside = {id(m) for layer in known for m in layer.modules()}
         apart = [f for f in attentions if id(f.description.module) not in inside]
         others = {id(f): self.model.get_submodule(f.name.rpartition(".")[0]) for f in apart}
-        core = self.core()
-        backbone = getattr(core, getattr(core, "base_model_prefix", "") or "model", core)
+        backbone = self.backbone()
         first = next((f.name for f in (*layers, *apart)), "")
         for modules in (dict.fromkeys([*known, *others.values()]), dict.fromkeys(known)):
             if not modules:
@@ -532,6 +550,36 @@ class _Applier:
             moved = chosen.move_embeddings(self.core())
             self.result.notes += [line for line in (replaced, moved) if line is not None]
         self.result.notes += self.idle_memory_flags()
+
+    def why_padded(self) -> str | None:
+        """Why the backbone is not called without padding, or None; before anything is bound."""
+        config, backbone = getattr(self.core(), "config", None), self.backbone()
+        if config is None or backbone is self.core():
+            return f"{type(self.core()).__name__} is not a backbone with a head on top"
+        if config.get_text_config() is not config:
+            return "it is a model of more than text"
+        return verify_padding_free(backbone)
+
+    def leave_padding_out(self, reason: str | None) -> None:
+        """Calls the backbone without padding, where its attention takes documents for what they
+        are."""
+        backbone = self.backbone()
+        name = self.names.get(id(backbone), "")
+        served = sum(
+            isinstance(forward, FusedDecoderLayer | FusedAttention)
+            for forward in self.result.binding.forwards()
+        )
+        layers = getattr(self.core().config, "num_hidden_layers", None)
+        if reason is None and served != layers:
+            reason = f"attention is fused in {served} of {layers} layers"
+        if reason is None and "forward" in backbone.__dict__:
+            reason = f"the forward of its {type(backbone).__name__} was replaced already"
+        if reason is not None:
+            self.result.records.append(OperationRecord(PADDING_FREE, name, False, reason=reason))
+            return
+        forward = PaddingFree(backbone, self.places)
+        self.bind([forward])
+        self.result.records.append(OperationRecord(PADDING_FREE, name, True, forward=forward))
 
     def record_graphs(self, layers: Sequence[_Found]) -> None:
         """Has the text tower's layers replayed as CUDA graphs: all of them, or none."""
@@ -839,10 +887,18 @@ class _Applier:
             self.record("cross_entropy", core, reason)
             return
         assert not isinstance(head, str)
-        forward = FusedCausalLoss(head)
+        forward = FusedCausalLoss(head, self.places)
         forward.no_log_probs = verify_log_probs(head)
         self.bind([forward])
         self.fuse(forward, "cross_entropy", core, "part")
+
+    def watch_labels(self) -> None:
+        """Of a causal LM whose loss is not fused, for the attention that asks where labels are."""
+        core, forwards = self.core(), self.result.binding.forwards()
+        takes = "labels" in inspect.signature(core.forward).parameters
+        if takes and any(isinstance(one, FusedDecoderLayer | FusedAttention) for one in forwards):
+            if not any(isinstance(one, FusedCausalLoss) for one in forwards):
+                self.bind([WatchedLabels(core, self.places)])
 
     def report_nothing(self) -> None:
         """One record for each operation that no module of the model offers."""
@@ -922,6 +978,7 @@ def apply(
     host_limit_bytes: float | None = None,
     graphs: bool = False,
     folded_weights: bool = False,
+    padding_free: bool = False,
 ) -> FusedModel:
     """Binds fused forwards on the instances of `model`, each proven first.
 
@@ -937,13 +994,14 @@ def apply(
         host_limit_bytes: of the host's, for activations; None: what there is.
         graphs: replay decoder layers as CUDA graphs where batches keep one shape.
         folded_weights: base weights of the compute dtype move into buffers with room for LoRA.
+        padding_free: layers compute a padded batch without its padding.
 
     Returns:
         What was fused, what not and why, and the way back.
     """
     applier = _Applier(
         model, enabled, structures, weight_formats, attention, fp8, checkpointing, budget_bytes,
-        host_limit_bytes, graphs, folded_weights,
+        host_limit_bytes, graphs, folded_weights, padding_free,
     )  # fmt: skip
     try:
         with _random_states(model):

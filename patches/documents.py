@@ -6,9 +6,9 @@ of padding, needs none: it says that each token attends to the tokens before it 
 that count, and gives the documents, or None where the mask says anything else (a sliding window,
 prefix attention).
 
-Rows of padding behind the documents do not count: nobody attends to their tokens and no label is
-theirs, so that a document of their own, in place of what the mask has for them, changes nothing
-that a loss sees.
+Rows of padding behind the documents do not count: nobody attends to their tokens and mostly they
+predict no label, so that a document of their own, in place of what the mask has for them, changes
+nothing that a loss sees. Where they do (`label_places`), the mask is taken at its word.
 """
 
 import weakref
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.kernels.varlen_attention import Documents
+from lorafuse.patches.label_places import LabelPlaces
 
 __all__ = ["DocumentFinder", "Layout"]
 
@@ -46,11 +47,12 @@ class Layout:
 class DocumentFinder:
     """Finds the layout of a batch, and remembers it for the other layers of the same forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: LabelPlaces | None = None) -> None:
         self._seen: list[_Seen] = []
+        self.places = places or LabelPlaces()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_seen": []}
+        return {"_seen": [], "places": self.places}
 
     def of_mask(self, mask: Tensor, batch: int) -> Layout | None:
         """The layout that a bool mask [batch or 1, 1, S, S] stands for (True: attend)."""
@@ -61,12 +63,12 @@ class DocumentFinder:
         return self._find(positions, batch, _read_positions)
 
     def _find(
-        self, source: Tensor, batch: int, read: Callable[[Tensor, int], Layout | None]
+        self, source: Tensor, batch: int, read: Callable[[Tensor, int, LabelPlaces], Layout | None]
     ) -> Layout | None:
         for seen in self._seen:
             if seen.is_of(source):
                 return seen.layout
-        layout = read(source, batch)
+        layout = read(source, batch, self.places)
         one = _Seen(weakref.ref(source), source._version, layout)
         self._seen = [one, *self._seen][:_KINDS]
         return layout
@@ -94,7 +96,7 @@ class _Seen:
         )
 
 
-def _read_mask(mask: Tensor, batch: int) -> Layout | None:
+def _read_mask(mask: Tensor, batch: int, places: LabelPlaces) -> Layout | None:
     rows, heads, length, keys = mask.shape
     if mask.dtype != torch.bool or heads != 1 or rows not in (1, batch) or length != keys:
         return None
@@ -108,6 +110,9 @@ def _read_mask(mask: Tensor, batch: int) -> Layout | None:
     start = torch.where(begins, place, 0).cummax(1).values
     # Padding in front of a token predicts that token, label and all: such rows do count.
     wrong = (real[:, 1:] & ~real[:, :-1]).any()
+    predicts = places.predicts(real.expand(batch, length))
+    if predicts is not None:
+        wrong |= (predicts & ~real).any()
     step = max(1, _CHUNK_ELEMENTS // (rows * length))
     for first in range(0, length, step):
         part = slice(first, first + step)
@@ -121,7 +126,7 @@ def _read_mask(mask: Tensor, batch: int) -> Layout | None:
     return _layout(begins, real, batch, mask.device)
 
 
-def _read_positions(positions: Tensor, batch: int) -> Layout | None:
+def _read_positions(positions: Tensor, batch: int, _: LabelPlaces) -> Layout | None:
     if positions.dim() != 2 or positions.shape[0] not in (1, batch):
         return None
     begins = (positions == 0).cpu()

@@ -37,6 +37,7 @@ from lorafuse.patches.bind import KV_CACHES, FusedForward, Unsupported
 from lorafuse.patches.deferred_logits import DeferredLogits, HeadCall, LabelBound
 from lorafuse.patches.exact_fp32 import exact_fp32
 from lorafuse.patches.hooks import has_live_hooks
+from lorafuse.patches.label_places import LabelPlaces
 from lorafuse.patches.log_probs import ARGUMENT, forward_with
 from lorafuse.patches.weights import WeightReader, check_plain
 
@@ -148,9 +149,9 @@ class FusedCausalLoss(FusedForward):
 
     operations: ClassVar[tuple[str, ...]] = ("cross_entropy",)
 
-    def __init__(self, head: CausalHead) -> None:
+    def __init__(self, head: CausalHead, places: LabelPlaces | None = None) -> None:
         super().__init__(head.module)
-        self.head = head
+        self.head, self.places = head, places or LabelPlaces()
         parameters = list(self.__signature__.parameters)
         self._position = {name: i for i, name in enumerate(parameters)}
         # Why the log-probabilities that a trainer asks for are its own; "" where they need not be.
@@ -170,6 +171,11 @@ class FusedCausalLoss(FusedForward):
             set_tracer(tracer)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
+        labels = [self._argument(name, args, kwargs) for name in ("labels", "shift_labels")]
+        with self.places.told(*labels):
+            return self._call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get(ARGUMENT):
             if self.no_log_probs:
                 return self.fall_back(self.no_log_probs, *args, **kwargs)

@@ -119,7 +119,7 @@ def record_far_calls(backbone: nn.Module, layers: Sequence[nn.Module], end: int)
         recorded = record_layer_calls(replica, stand_ins, position_ids=positions)
     except Exception:  # any model may refuse to be copied, or to run alone
         return {}
-    device = _words(backbone).weight.device
+    device = word_table(backbone).weight.device
     return {
         layer: _moved(recorded[stand_in], device)
         for layer, stand_in in zip(layers, stand_ins, strict=True)
@@ -157,7 +157,7 @@ def _without_weights(
     memo: dict[int, Any] = {id(m): s for m, s in zip(layers, stand_ins, strict=True)}
     inside = {id(m) for layer in layers for m in layer.modules()}
     holders = {id(m) for m in backbone.modules() if any(id(c) in inside for c in m.modules())}
-    words = _words(backbone)
+    words = word_table(backbone)
     memo[id(words)] = nn.Embedding(FEW_WORDS, words.embedding_dim, dtype=words.weight.dtype)
     for module in backbone.modules():  # towers of vision, and the like
         if id(module) not in holders | inside | set(memo):
@@ -177,7 +177,7 @@ def _moved(call: LayerCall, device: torch.device) -> LayerCall:
     return LayerCall(call.hidden_states.to(device), kwargs)
 
 
-def _words(backbone: Any) -> nn.Embedding:
+def word_table(backbone: Any) -> nn.Embedding:
     """The table of words: a vision tower may have tables of its own, and stand in front."""
     try:
         found = backbone.get_input_embeddings()
@@ -191,12 +191,12 @@ def _words(backbone: Any) -> nn.Embedding:
 
 
 def _positions(backbone: nn.Module) -> Tensor:
-    device = _words(backbone).weight.device
+    device = word_table(backbone).weight.device
     return torch.arange(TOKENS[1], device=device).expand(TOKENS[0], -1)
 
 
 @contextmanager
-def _as_before(backbone: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+def as_before(backbone: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
     """Puts back what a forward changes outside the layers, as RoPE's frequencies of long rows."""
     inside = {id(m) for layer in layers for m in layer.modules()}
     outside = [m for m in backbone.modules() if id(m) not in inside]
@@ -246,7 +246,7 @@ def record_layer_calls(backbone: nn.Module, layers: Sequence[nn.Module], **input
     Raises:
         Unsupported: the model does not run on input_ids alone.
     """
-    embedding = _words(backbone)
+    embedding = word_table(backbone)
     device = embedding.weight.device
     if device.type == "meta":
         raise Unsupported("the model's weights are not here yet (meta device)")
@@ -304,7 +304,7 @@ def _record(
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.no_grad(),
-        _as_before(model, layers),
+        as_before(model, layers),
     ):
         torch.manual_seed(0)
         try:

@@ -29,6 +29,7 @@ OPTIMIZER = "fused_optimizer"
 FP8 = "fused_fp8"
 GRAPHS = "fused_graphs"
 FOLDED_WEIGHTS = "fused_folded_weights"
+PADDING_FREE = "fused_padding_free"
 # The operations whose base weights FP8 and folded weights are for.
 WITH_BASE_WEIGHTS = ("fused_lora_mlp", "fused_lora_qkv", "fused_lora_o")
 _NAMED = (*OPERATIONS, OPTIMIZER)
@@ -64,6 +65,9 @@ class FuseConfig(BaseModel):
             for LoRA while the model is fused, so that they are not copied in each pass. Faster; but
             their parameters are views whose rows lie apart, which who reads a weight by its address
             must not meet. Off unless it is set.
+        fused_padding_free: Decoder layers compute a padded batch without its padding; labels, head
+            and loss see the shapes that they always see. For batches that are padded, not packed.
+            In trial: off unless it is set.
         fused_checkpointing: What decoder layers that are fused whole keep for backward, in place of
             the trainer's own gradient checkpointing. `off` keeps all, `selective` computes again
             what is cheap, `offload` also moves what it keeps to the host, `auto` picks for each
@@ -97,6 +101,7 @@ class FuseConfig(BaseModel):
     fused_fp8: StrictBool = False
     fused_graphs: StrictBool = False
     fused_folded_weights: StrictBool = False
+    fused_padding_free: StrictBool = False
     fused_checkpointing: Literal["off", "selective", "offload", "auto"] = "auto"
     fused_memory_gb: float | None = Field(default=None, gt=0, le=MOST_GB, strict=True)
     fused_host_gb: float | None = Field(default=None, ge=0, le=MOST_GB, strict=True)
@@ -116,6 +121,17 @@ class FuseConfig(BaseModel):
                     f"`{flag}: true` has no effect without {', '.join(others)} or {last}, "
                     "whose base weights it is for; turn one of them on, or drop the line"
                 )
+        if self.fused_padding_free and self.fused_attention != "auto":
+            raise FuseConfigError(
+                f"`fused_padding_free: true` has no effect with `fused_attention: "
+                f"{self.fused_attention}`, under which packed tokens are a dense mask; use "
+                "`fused_attention: auto`, or drop the line"
+            )
+        if self.fused_padding_free and self.fused_graphs:
+            raise FuseConfigError(
+                "`fused_padding_free: true` makes batches of ever new sizes, and `fused_graphs: "
+                "true` is for batches that keep one; drop one of them"
+            )
         if self.fused_memory_gb is not None and self.fused_checkpointing != "auto":
             raise FuseConfigError(
                 f"`fused_memory_gb: {self.fused_memory_gb:g}` has no effect with "

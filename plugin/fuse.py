@@ -13,7 +13,16 @@ from lorafuse.patches.modes import AUTO
 from lorafuse.patches.optimizer import fuse_optimizer
 from lorafuse.patches.structure import NO_EXPERTS
 from lorafuse.plugin import log
-from lorafuse.plugin.config import FOLDED_WEIGHTS, FP8, GRAPHS, MOE, OPTIMIZER, PREFIX, FuseConfig
+from lorafuse.plugin.config import (
+    FOLDED_WEIGHTS,
+    FP8,
+    GRAPHS,
+    MOE,
+    OPTIMIZER,
+    PADDING_FREE,
+    PREFIX,
+    FuseConfig,
+)
 from lorafuse.plugin.errors import FuseConfigError, FuseError
 from lorafuse.plugin.manager import Plugins
 from lorafuse.plugin.report import FuseReport
@@ -196,6 +205,7 @@ def _apply(model: nn.Module, config: FuseConfig, plugins: Plugins) -> FusedModel
         host_limit_bytes=None if config.fused_host_gb is None else 1e9 * config.fused_host_gb,
         graphs=config.fused_graphs,
         folded_weights=config.fused_folded_weights,
+        padding_free=config.fused_padding_free,
     )
 
 
@@ -204,6 +214,7 @@ def _stand_aside(config: FuseConfig, reason: str) -> FusedModel:
     asked += [FP8.removeprefix(PREFIX)] if config.fused_fp8 else []
     asked += [GRAPHS.removeprefix(PREFIX)] if config.fused_graphs else []
     asked += [FOLDED_WEIGHTS.removeprefix(PREFIX)] if config.fused_folded_weights else []
+    asked += [PADDING_FREE.removeprefix(PREFIX)] if config.fused_padding_free else []
     asked += [CHECKPOINTING] if config.fused_checkpointing != AUTO else []
     records: list[Record] = [
         OperationRecord(

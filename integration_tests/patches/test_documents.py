@@ -11,6 +11,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from lorafuse.patches import attention
 from lorafuse.patches import documents as module
 from lorafuse.patches.apply import OPERATIONS, apply
+from lorafuse.patches.attention import CAUSAL, MASK
 from lorafuse.patches.documents import DocumentFinder
 
 LENGTH = 12
@@ -268,3 +269,28 @@ def test_16_bit_training_on_a_gpu(make_peft, oracle_model, tokens, varlen_calls,
     for name, truth in exact.items():
         error, allowed = ((x[name].float() - truth).norm() for x in (ours, stock))
         assert error <= 2 * allowed + 4e-3 * truth.norm(), name
+
+
+@pytest.mark.parametrize("loss_is_fused", [True, False])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_labels_on_padding_are_trained_on_as_stock_does(
+    loss_is_fused, shifted, make_peft, step, close, device
+) -> None:
+    """`labels = input_ids.clone()`: its padding attends to the row's tokens, and predicts."""
+    model = make_peft("llama")
+    ids = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, 9:] = 0
+    where = {"labels": ids, "shift_labels": ids.roll(-1, 1)} if shifted else {"labels": ids}
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **where}
+    stock = step(model, **inputs)
+    fused = apply(model, ALL | {"cross_entropy": loss_is_fused})
+    close(step(model, **inputs), stock)
+    assert fused.masks() == {MASK: 2}
+    where = {name: label.masked_fill(mask == 0, -100) for name, label in where.items()}
+    fused.unfuse()
+    stock = step(model, **{**inputs, **where})
+    fused = apply(model, ALL | {"cross_entropy": loss_is_fused})
+    close(step(model, **{**inputs, **where}), stock)
+    # Shifted by one, the last token of the row does not predict its padding.
+    assert fused.masks() == {CAUSAL: 2}
