@@ -107,8 +107,8 @@ def _lines(families: Families) -> Iterator[str]:
         f"{_when(families)} Each class of transformers' "
         "mapping for causal LMs, as a tiny model with random weights and LoRA on the linear "
         "layers that PEFT adapts (in many mixtures of experts not the dense MLPs) and on experts "
-        "kept in one weight, makes the same fp32 step stock and fused; loss and every adapter's "
-        "gradient may "
+        "kept in one weight, makes the same fp32 step stock and fused, on whole rows and on padded "
+        "ones with and without labels on the padding; loss and every adapter's gradient may "
         f"differ by {TOLERANCE:.0e}."
     )
     yield from _counts(families, MEANING)

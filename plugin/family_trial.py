@@ -5,8 +5,9 @@ weights and biases are perturbed, so that no one and no zero hides a mistake. Lo
 of every adapter are compared, in fp32 on the CPU. The same model type always gives the same
 numbers.
 
-An image-text class makes its step on a batch with images, the vision tower adapted too, and one
-more on text alone where it takes that.
+A causal LM makes its step on whole rows, and where it takes that on padded ones without a KV cache,
+with labels on the tokens alone and on the padding too. An image-text class makes it on a batch with
+images, the vision tower adapted too, and one more on text alone where it takes that.
 """
 
 import inspect
@@ -71,6 +72,7 @@ class Family:
         vision: as `fused`, of the vision tower and what joins it to the text tower.
         vision_layers: as `whole_layers` and `layers`, of the vision tower.
         text_alone: why there was no step without images; "" where there was.
+        padded: why there was no step on padded rows; "" where there was.
     """
 
     model_type: str
@@ -86,6 +88,7 @@ class Family:
     vision: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     vision_layers: tuple[int, int] = (0, 0)
     text_alone: str = ""
+    padded: str = ""
 
     @property
     def operations(self) -> tuple[str, ...]:
@@ -117,13 +120,14 @@ def try_family(
         expected = expected_operations(model, looking(model) if images else frozenset())
         batches = [image_batch(model.get_base_model())] if images else [tokens_batch()]
         stock = [one_step(model, batch) for batch in batches]
-        if images:
-            alone = text_batch(model.get_base_model())
+        core = model.get_base_model()
+        for more in [text_batch(core)] if images else padded_batches(core):
             try:
-                stock.append(one_step(model, alone))
-                batches.append(alone)
-            except Exception as refusal:  # a class may want an image in every batch
-                family = replace(family, text_alone=_message(refusal))
+                stock.append(one_step(model, more))
+                batches.append(more)
+            except Exception as refusal:  # a class may want an image in every batch, or no mask
+                why = _message(refusal)
+                family = replace(family, text_alone=why) if images else replace(family, padded=why)
         if not all(bool(value.isfinite().all()) for step in stock for value in step.values()):
             raise ValueError("the stock step is not finite")
     except Exception as refusal:  # any class may refuse to be small or to train on these batches
@@ -146,6 +150,16 @@ def tokens_batch() -> dict[str, Tensor]:
     """A step's arguments for a causal LM."""
     tokens = torch.randint(3, TEXT_WORDS, TOKENS, generator=torch.Generator().manual_seed(0))
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+
+def padded_batches(model: nn.Module) -> list[dict[str, Any]]:
+    """The same with padding behind the second row: without labels on it, and with them."""
+    inputs: dict[str, Any] = tokens_batch()
+    mask = inputs["attention_mask"]
+    mask[1, TOKENS[1] // 3 :] = 0
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    return [inputs | {"labels": inputs["labels"].masked_fill(mask == 0, -100)}, inputs]
 
 
 def _badness(error: tuple[float, str]) -> float:

@@ -10,6 +10,7 @@ import pytest
 import transformers
 from typer.testing import CliRunner
 
+from lorafuse.patches.label_places import LabelPlaces
 from lorafuse.plugin import families as sweeping
 from lorafuse.plugin.cli import app
 from lorafuse.plugin.errors import FuseConfigError
@@ -23,7 +24,9 @@ from lorafuse.plugin.family_trial import (
     NOT_BUILT,
     PARTS,
     STOCK,
+    WRONG,
     Family,
+    try_family,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +79,14 @@ def test_the_sample_is_fused_as_far_as_it_was(sample: Families) -> None:
     assert {f.model_type: f.level for f in sample.families} == SAMPLE, [
         (f.model_type, f.level, f.reason) for f in sample.families
     ]
+
+
+def test_padded_rows_are_tried(sample: Families, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(f.padded for f in sample.families if f.level != NOT_BUILT)
+    # Attention that takes padding for nobody's, whoever has labels on it, is found out.
+    monkeypatch.setattr(LabelPlaces, "predicts", lambda self, like: None)
+    found = try_family("llama", "LlamaForCausalLM", "AutoModelForCausalLM")
+    assert found.level == WRONG and "differs by" in found.reason, found
 
 
 @pytest.fixture(scope="module")
