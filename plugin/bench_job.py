@@ -34,6 +34,7 @@ class Job:
         profile: Rows of the profile of one further step; 0: none.
         prepare_kbit: The model is as PEFT's `prepare_model_for_kbit_training` leaves it: norms,
             embedding and head in fp32. Of 4-bit weights only.
+        padding: The share of the batch that is padding behind rows of unequal length.
     """
 
     system: str
@@ -51,6 +52,7 @@ class Job:
     flags: dict[str, Any] = field(default_factory=dict)
     profile: int = 0
     prepare_kbit: bool = False
+    padding: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("rank", "batch", "tokens", "documents", "steps"):
@@ -66,6 +68,12 @@ class Job:
         if self.prepare_kbit and self.quant != "nf4":
             raise FuseConfigError(
                 f"--prepare-kbit is for 4-bit weights, got --quant {self.quant}; use --quant nf4"
+            )
+        if not 0 <= self.padding < 0.5:
+            raise FuseConfigError(f"--padding {self.padding:g}: give a share from 0 to below 0.5")
+        if self.padding and (self.batch == 1 or self.documents > 1):
+            raise FuseConfigError(
+                "--padding is for rows of unequal length: give --batch 2 or more, no --documents"
             )
         if self.tokens % self.documents:
             raise FuseConfigError(
@@ -99,6 +107,8 @@ class Job:
         words.append("--checkpointing" if self.checkpointing else "--no-checkpointing")
         if self.prepare_kbit:
             words.append("--prepare-kbit")
+        if self.padding:
+            words.append(f"--padding {self.padding:g}")
         words.append(f"--systems {','.join(systems)}")
         for name, value in self.flags.items():
             shown = str(value).lower() if isinstance(value, bool) else value
@@ -114,6 +124,8 @@ class Job:
         if self.prepare_kbit:
             weights += ", the rest in fp32"
         packed = f", {self.documents} documents a row" if self.documents > 1 else ""
+        if self.padding:
+            packed = f", {self.padding:.0%} of them padding"
         kept = "gradient checkpointing" if self.checkpointing else "nothing recomputed"
         return (
             f"{self.model}{layers}, {weights}, LoRA r={self.rank}, {self.batch} × "

@@ -76,8 +76,14 @@ def adapted(base: PreTrainedModel, job: Job) -> PeftModel:
 
 
 def inputs(job: Job, config: PretrainedConfig) -> dict[str, Tensor]:
-    """A step's arguments on the CPU, as a collator gives them, with images where it takes some."""
+    """A step's arguments on the CPU, as a collator gives them, with images where it takes some.
+
+    Raises:
+        FuseConfigError: Padding is asked for, and images have to be there.
+    """
     if takes_images(config):
+        if job.padding:
+            raise FuseConfigError(f"--padding is for text, and {job.model} takes images")
         return image_rows(config, job)
     return batch(job, config.get_text_config().vocab_size)
 
@@ -86,10 +92,16 @@ def batch(job: Job, vocabulary: int) -> dict[str, Tensor]:
     """Random tokens on the CPU, as a collator gives them; all int64 of shape (batch, tokens).
 
     Packed documents have positions that start again, no attention mask, and no label on their
-    first token, which the document before cannot predict (as TRL and Axolotl pack).
+    first token, which the document before cannot predict (as TRL and Axolotl pack). Padded rows get
+    shorter evenly from the first, which is full, and have no labels on their padding.
     """
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, vocabulary, (job.batch, job.tokens), generator=generator)
+    if job.padding:
+        short = torch.linspace(0, 2 * job.padding, job.batch)[:, None] * job.tokens
+        mask = (torch.arange(job.tokens) < (job.tokens - short).round().clamp(min=2)).long()
+        labels = ids.masked_fill(mask == 0, IGNORED)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if job.documents == 1:
         return {"input_ids": ids, "labels": ids.clone()}
     positions = torch.arange(job.tokens // job.documents).repeat(job.batch, job.documents)

@@ -107,6 +107,9 @@ def bench(
         int | None, typer.Option(help="Of each row. Without it: 4096, on a CPU 256.")
     ] = None,
     documents: Annotated[int, typer.Option(help="Packed into each row, of equal length.")] = 1,
+    padding: Annotated[
+        float, typer.Option(help="Share of the batch that is padding; it counts as tokens.")
+    ] = 0.0,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = True,
     prepare_kbit: Annotated[
         bool,
@@ -179,6 +182,7 @@ def bench(
                 flags=read_flags(flag or []),
                 profile=profile,
                 prepare_kbit=prepare_kbit,
+                padding=padding,
             )
             for name in model_names(model)
         ]

@@ -150,6 +150,21 @@ def test_packed_documents_and_flags() -> None:
     assert "--flag fused_rope=true" in packed.command([], 1)
 
 
+def test_padded_rows() -> None:
+    padded = replace(JOB, batch=4, padding=0.4)
+    stock = here(padded)[-1]
+    for flags in ({}, {"fused_padding_free": True}):
+        fused = here(replace(padded, system="lorafuse", flags=flags))[-1]
+        assert fused["losses"] == pytest.approx(stock["losses"], abs=1e-2)
+        assert fused["gradient_norms"] == pytest.approx(stock["gradient_norms"], rel=2e-2)
+    assert fused["report"]["operations"]["padding_free"]["called"] == 1
+    inputs = batch(padded, 64)
+    mask = inputs["attention_mask"]
+    assert mask.sum(1).tolist() == [32, 23, 15, 6] and mask.shape == (4, 32)
+    assert torch.equal(inputs["labels"] == -100, mask == 0)
+    assert "--padding 0.4 " in padded.command([], 1) and "40% of them padding" in padded.describe()
+
+
 def test_4_bit_prepared_as_peft_does_it() -> None:
     prepared = replace(JOB, quant="nf4", prepare_kbit=True)
     stock, fused = here(prepared)[-1], here(replace(prepared, system="lorafuse"))[-1]
@@ -223,6 +238,11 @@ def test_rounds_turn_around_and_leave_out_what_failed(monkeypatch: pytest.Monkey
         (("--model", "tiny", "--documents", "5"), "give a multiple"),
         (("--model", "tiny", "--documents", "32"), "nothing to predict"),
         (("--model", "tiny", "--batch", "0"), "--batch 0: give 1 or more"),
+        (
+            ("--model", "tiny", "--padding", "0.5"),
+            "--padding 0.5: give a share from 0 to below 0.5",
+        ),
+        (("--model", "tiny", "--padding", "0.2", "--batch", "1"), "give --batch 2 or more"),
         (("--model", "tiny", "--rounds", "0"), "--rounds 0: give 1 or more"),
         (("--model", "tiny", "--quant", "int8"), "use nf4 or none"),
         (
