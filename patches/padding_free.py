@@ -41,6 +41,7 @@ from lorafuse.patches.bind import KV_CACHES, FusedForward, Unsupported
 from lorafuse.patches.hooks import collects_hidden_states
 from lorafuse.patches.label_places import LabelPlaces
 from lorafuse.patches.probe import TOKENS, as_before, word_table
+from lorafuse.patches.weights import is_sharded
 
 __all__ = ["OPERATION", "PaddingFree", "verify_padding_free"]
 
@@ -215,6 +216,8 @@ def verify_padding_free(backbone: nn.Module) -> str | None:
     for name in ("attention_mask", "position_ids", "use_cache"):
         if name not in names:
             return f"{type(backbone).__name__} takes no {name}"
+    if any(is_sharded(p) or hasattr(p, "ds_id") for p in backbone.parameters()):
+        return "its weights are sharded: fuse before the model is wrapped"
     try:
         return _tried(backbone)
     except Unsupported as unsupported:

@@ -205,6 +205,13 @@ def test_a_model_that_numbers_its_tokens_otherwise(make_peft, device) -> None:
     assert record(fused).reason == "its hidden states are others without the padding"
 
 
+def test_weights_that_somebody_else_manages(make_peft) -> None:
+    model = make_peft("llama")
+    next(model.base_model.model.model.parameters()).ds_id = 0  # as DeepSpeed's ZeRO-3 does
+    fused = apply(model, ALL, padding_free=True)
+    assert record(fused).reason == "its weights are sharded: fuse before the model is wrapped"
+
+
 def test_attention_that_is_not_fused(make_peft) -> None:
     fused = apply(make_peft("llama"), ALL | {"lora_qkv": False, "lora_o": False, "rope": False},
                   padding_free=True)  # fmt: skip
