@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lorafuse.kernels.eager import never_traced
+from lorafuse.kernels.eager import never_traced, not_traced_itself
 from lorafuse.patches.signature import plain
 
 # Where transformers passes a KV cache: from 5.24 on by the first name, before by the others.
@@ -138,6 +138,14 @@ class FusedForward:
         """Runs the stock forward for this call and counts why."""
         self.stock_calls[reason] += 1
         return self.stock(*args, **kwargs)
+
+
+class TracedForward(FusedForward):
+    """One around modules that are not fused: torch.compile stops at it, and goes on within."""
+
+    @not_traced_itself
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
 
 
 class Binding:

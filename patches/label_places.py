@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafuse.kernels.eager import not_traced_itself
-from lorafuse.patches.bind import FusedForward
+from lorafuse.patches.bind import TracedForward
 
 __all__ = ["LabelPlaces", "WatchedLabels"]
 
@@ -56,16 +55,12 @@ class LabelPlaces:
         return found if shifted else torch.nn.functional.pad(found[:, 1:], (0, 1))
 
 
-class WatchedLabels(FusedForward):
+class WatchedLabels(TracedForward):
     """The forward of a causal LM whose loss is not fused: the model's own, with its labels told."""
 
     def __init__(self, module: nn.Module, places: LabelPlaces) -> None:
         super().__init__(module)
         self.places = places
-
-    @not_traced_itself
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.arguments(args, kwargs)

@@ -36,8 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafuse.kernels.eager import not_traced_itself
-from lorafuse.patches.bind import KV_CACHES, FusedForward, Unsupported
+from lorafuse.patches.bind import KV_CACHES, TracedForward, Unsupported
 from lorafuse.patches.hooks import collects_hidden_states
 from lorafuse.patches.label_places import LabelPlaces
 from lorafuse.patches.probe import TOKENS, as_before, word_table
@@ -137,7 +136,7 @@ def read_rows(mask: Tensor, positions: Tensor | None, predicts: Tensor | None = 
     return Rows((rows, length), torch.cat([index, spare]).to(mask.device), count)
 
 
-class PaddingFree(FusedForward):
+class PaddingFree(TracedForward):
     """The forward of a backbone on the real tokens of a padded batch."""
 
     operations = (OPERATION,)
@@ -145,10 +144,6 @@ class PaddingFree(FusedForward):
     def __init__(self, module: nn.Module, places: LabelPlaces) -> None:
         super().__init__(module)
         self.places = places
-
-    @not_traced_itself
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -117,6 +117,18 @@ def _attention(model: Model, job: Job) -> str | None:
     return job.attention
 
 
+def nf4_quantisation() -> BitsAndBytesConfig:
+    """As QLoRA has it: NF4, double quantised, computed in bf16."""
+    how: Any = BitsAndBytesConfig  # untyped there
+    found: BitsAndBytesConfig = how(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return found
+
+
 def _loaded(model: Model, job: Job, own: Any) -> PreTrainedModel:
     quantisation = None
     if own is not None:
@@ -127,13 +139,7 @@ def _loaded(model: Model, job: Job, own: Any) -> PreTrainedModel:
                 "bitsandbytes' 4-bit weights, --quant none plain ones"
             )
     elif job.quant == "nf4":
-        how: Any = BitsAndBytesConfig
-        quantisation = how(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        quantisation = nf4_quantisation()
     loaded: PreTrainedModel = auto_class(model.config).from_pretrained(
         model.weights,
         config=model.config,

@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
+
+from lorafuse.plugin.bench_model import nf4_quantisation
 
 BOUND = 1e-3
 
@@ -40,16 +42,10 @@ def train(
     """The logged steps of one run."""
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
     model = AutoModelForCausalLM.from_pretrained(
         args.model,
         dtype=torch.bfloat16,
-        quantization_config=quantisation if nf4 else None,
+        quantization_config=nf4_quantisation() if nf4 else None,
         device_map={"": 0} if on_gpu else None,
         attn_implementation=attention,
     )

@@ -31,7 +31,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from lorafuse.plugin.bench_job import Job
-from lorafuse.plugin.bench_model import adapted, base_model
+from lorafuse.plugin.bench_model import adapted, base_model, nf4_quantisation
 from lorafuse.plugin.environment import gpu_name, versions
 from lorafuse.plugin.geometries import find_model
 
@@ -163,27 +163,18 @@ def train_with_trl(settings: Path) -> None:
     """In a process of its own: SFTTrainer by the settings of `axolotl_config`."""
     from datasets import load_dataset
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     from lorafuse import LorafuseCallback
 
     config = yaml.safe_load(settings.read_text(encoding="utf-8"))
     on_gpu = config["load_in_4bit"]
-    quantisation: Any = None
-    if on_gpu:
-        how: Any = BitsAndBytesConfig
-        quantisation = how(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
     base = AutoModelForCausalLM.from_pretrained(
         config["base_model"],
         dtype=torch.bfloat16 if on_gpu else torch.float32,
         attn_implementation=config["attn_implementation"],
-        quantization_config=quantisation,
+        quantization_config=nf4_quantisation() if on_gpu else None,
         device_map={"": 0} if on_gpu else None,
     )
     trainer = SFTTrainer(

@@ -1,8 +1,7 @@
 """The script that measures the planner's error on a GPU, as far as a CPU can run it."""
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -20,12 +19,7 @@ MEASURED = SCRIPT.with_name("memory_points_h100.json")
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("memory_points", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["memory_points"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("memory_points")
 
 
 def test_tiny_steps_run(script: ModuleType, tmp_path: Path) -> None:
