@@ -202,7 +202,10 @@ def test_a_model_that_numbers_its_tokens_otherwise(make_peft, device) -> None:
         vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=True
     )
     fused = apply(make_peft(config), ALL, padding_free=True)
-    assert record(fused).reason == "its hidden states are others without the padding"
+    # transformers 5.24 has masks for ALiBi that keep documents apart; its attention is not fused.
+    assert record(fused).reason in (
+        "its hidden states are others without the padding", "attention is fused in 0 of 2 layers",
+    )  # fmt: skip
 
 
 def test_weights_that_somebody_else_manages(make_peft) -> None:
