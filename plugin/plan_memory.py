@@ -3,7 +3,9 @@
 A `Step` goes through one step as the fused layers do, forward and backward, and keeps a `Ledger` of
 what is allocated; its highest sum is the prediction. Letters as in the kernels: T tokens of the
 micro-batch, H hidden, I intermediate, N outputs of a group, F columns of its folded LoRA; bf16
-unless said otherwise.
+unless said otherwise. h, h2 and their gradients are in fp32 where the workload prepares the model
+so (`prepare_kbit`): blocks' outputs are cast to be added, gradients to be multiplied, and no
+gradient has room for G.
 
 What stays from forward to backward, a layer, in bytes a token (`off`):
 
