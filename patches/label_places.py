@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lorafuse.patches.bind import TracedForward
 
-__all__ = ["LabelPlaces", "WatchedLabels"]
+__all__ = ["IGNORED", "LabelPlaces", "WatchedLabels"]
 
-IGNORED = -100
+IGNORED = -100  # the label of no token
 
 
 class LabelPlaces:

@@ -114,7 +114,7 @@ def read_rows(mask: Tensor, positions: Tensor | None, predicts: Tensor | None = 
     if positions is not None:
         goes_on[:, :-1] = positions.diff(dim=-1) == 1
     if predicts is None:  # padding in front of a token would predict it, behind it nothing
-        predicts = torch.nn.functional.pad(real[:, 1:], (0, 1)) & ~real
+        predicts = torch.nn.functional.pad(real[:, 1:], (0, 1))
     real, goes_on, predicts = torch.stack([real, goes_on, predicts]).cpu()
     count = int(real.sum())
     if not 0 < count <= WORTH * rows * length:

@@ -87,6 +87,11 @@ def check_machine(job: Job) -> int:
                 f"--documents {job.documents}: {job.model} is trained with images, and such rows "
                 "are not packed; leave it out"
             )
+        if job.padding:
+            raise FuseConfigError(
+                f"--padding {job.padding:g}: {job.model} is trained with images, and such rows are "
+                "of one length; leave it out"
+            )
         row_images(model.config, job.tokens)
     count = parameters(model)
     if job.device == "cpu" and count > MOST_ON_CPU:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from lorafuse.patches.label_places import IGNORED
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.errors import FuseConfigError
 from lorafuse.plugin.image_batch import special_tokens
 
-IGNORED = -100
 # Of a row's tokens, what the pieces of an image take at most: one of this many.
 SHARE = 4
 Size = tuple[int, int]

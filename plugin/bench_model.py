@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lorafuse.plugin.bench_images import IGNORED, image_rows, takes_images
+from lorafuse.patches.label_places import IGNORED
+from lorafuse.plugin.bench_images import image_rows, takes_images
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.errors import FuseConfigError
 from lorafuse.plugin.geometries import Model
@@ -76,14 +77,8 @@ def adapted(base: PreTrainedModel, job: Job) -> PeftModel:
 
 
 def inputs(job: Job, config: PretrainedConfig) -> dict[str, Tensor]:
-    """A step's arguments on the CPU, as a collator gives them, with images where it takes some.
-
-    Raises:
-        FuseConfigError: Padding is asked for, and images have to be there.
-    """
+    """A step's arguments on the CPU, as a collator gives them, with images where it takes some."""
     if takes_images(config):
-        if job.padding:
-            raise FuseConfigError(f"--padding is for text, and {job.model} takes images")
         return image_rows(config, job)
     return batch(job, config.get_text_config().vocab_size)
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from lorafuse.patches.fp8 import unavailable
+from lorafuse.patches.label_places import IGNORED
 from lorafuse.plugin.axolotl_yaml import check, names_plugin, why_aside
 from lorafuse.plugin.config import EVERYTHING, FP8, GRAPHS, PREFIX, FuseConfig
 from lorafuse.plugin.errors import FuseConfigError
@@ -68,7 +69,7 @@ def diagnose(target: str) -> Diagnosis:
     # FP8 and graphs are a matter of the GPU, and this runs on the CPU.
     lenient = config.model_copy(update={"fused_strict": False, FP8: False, GRAPHS: False})
     report = fuse_with(model, lenient, plugins, why_aside(settings))
-    _try_a_step(model, report, training_dtype(settings))
+    _try_a_step(model, report, training_dtype(settings), padded=config.fused_padding_free)
     report.config = config
     if config.fused_fp8:
         gpu = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,8 +128,15 @@ def _core(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _try_a_step(model: nn.Module, report: FuseReport, dtype: torch.dtype) -> None:
-    """Forward and backward of random tokens, under autocast as the trainer does it."""
+def _try_a_step(model: nn.Module, report: FuseReport, dtype: torch.dtype, *, padded: bool) -> None:
+    """Forward and backward of random tokens, under autocast as the trainer does it.
+
+    Args:
+        model: fused.
+        report: what the step is counted in.
+        dtype: of autocast.
+        padded: half of the last row is padding, and no KV cache is filled.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs: dict[str, Any] = {"input_ids": torch.randint(1, 100, TOKENS, generator=generator)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -136,6 +144,11 @@ def _try_a_step(model: nn.Module, report: FuseReport, dtype: torch.dtype) -> Non
         inputs["labels"] = torch.zeros(TOKENS[0], dtype=torch.long)
     else:
         inputs["labels"] = inputs["input_ids"]
+    if padded:
+        inputs["attention_mask"][-1, TOKENS[1] // 2 :] = 0
+        inputs["use_cache"] = False
+        if inputs["labels"].dim() > 1:
+            inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
     try:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = model(**inputs).loss

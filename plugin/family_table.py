@@ -103,6 +103,7 @@ def _lines(families: Families) -> Iterator[str]:
     yield ""
     yield "Written by `lorafuse families --markdown FAMILIES.md`; do not edit it."
     yield ""
+    refused = [f"{one.model_class} ({one.padded})" for one in families.families if one.padded]
     yield (
         f"{_when(families)} Each class of transformers' "
         "mapping for causal LMs, as a tiny model with random weights and LoRA on the linear "
@@ -110,6 +111,7 @@ def _lines(families: Families) -> Iterator[str]:
         "kept in one weight, makes the same fp32 step stock and fused, on whole rows and on padded "
         "ones with and without labels on the padding; loss and every adapter's gradient may "
         f"differ by {TOLERANCE:.0e}."
+        + (f" Not on padded rows, which they refuse: {', '.join(refused)}." if refused else "")
     )
     yield from _counts(families, MEANING)
     yield (

@@ -26,6 +26,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lorafuse.patches.decoder_layer import FusedDecoderLayer
+from lorafuse.patches.label_places import IGNORED
 from lorafuse.patches.structure import in_out, is_linear, recognise_experts
 from lorafuse.plugin.fuse import fuse
 from lorafuse.plugin.image_batch import image_batch, text_batch
@@ -159,7 +160,7 @@ def padded_batches(model: nn.Module) -> list[dict[str, Any]]:
     mask[1, TOKENS[1] // 3 :] = 0
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
-    return [inputs | {"labels": inputs["labels"].masked_fill(mask == 0, -100)}, inputs]
+    return [inputs | {"labels": inputs["labels"].masked_fill(mask == 0, IGNORED)}, inputs]
 
 
 def _badness(error: tuple[float, str]) -> float:

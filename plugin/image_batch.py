@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils.generic import ModelOutput
 
+from lorafuse.patches.label_places import IGNORED
 from lorafuse.plugin.tiny_config import TEXT_WORDS, WORDS
 
 # Rows of a batch, tokens of text in each besides an image's, and padding behind the last row.
 ROWS, TEXT, PADDING = 3, 14, 3
-IGNORED = -100
 _IMAGE_TOKENS = ("image_token_id", "image_token_index", "im_patch_id")
 _STARTS = ("vision_start_token_id", "image_start_token_id", "im_start_id", "boi_token_id")
 _ENDS = ("vision_end_token_id", "image_end_token_id", "im_end_id", "eoi_token_id")

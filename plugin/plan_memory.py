@@ -670,7 +670,8 @@ def stock_memory(workload: Workload) -> Memory:
     MLP's gate, its activation, up and their product 8 I, and in the MLP's backward as much again,
     beside a weight in bf16 and 4 H of gradients. (Without checkpointing those 12 H + 2 N + 2 Hq D +
     8 I of each layer agree with the growth from 512 to 2,048 tokens that was measured on an H100,
-    Llama-3.1-8B, 2026-11-25: 184 kB a token and layer.)
+    Llama-3.1-8B, 2026-11-25: 184 kB a token and layer.) With a stream in fp32 h and what the norms
+    read and write are twice as large, and autocast keeps a copy of the head in bf16.
     """
     workload = replace(workload, folded_weights=False)
     T, model = workload.rows, workload.model

@@ -5,8 +5,9 @@
         --ranks 4 8 --shapes 1x32 2x64 --steps 2                    # that the script works
 
 A few layers of one model, each base once, with other adapters for each rank. Stock and lorafuse
-recompute nothing (`fused_checkpointing: off`), then both checkpoint (`selective`); they take turns,
-and the median of a shape's steps counts. The exit status is 1 where lorafuse was slower.
+recompute nothing (`fused_checkpointing: off`), then both checkpoint (`selective`); of each rank all
+shapes are timed stock, then fused, and the median of a shape's steps counts. The exit status is 1
+where lorafuse was slower.
 """
 
 import argparse

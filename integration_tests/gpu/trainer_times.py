@@ -23,6 +23,8 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +47,15 @@ OFFLINE = {
     "PYTHONUNBUFFERED": "1",
     "COLUMNS": "160",
 }
-LIGER = {
+KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
+# Axolotl's LoRA kernels, with its Liger plugin.
+PEER = {
     "plugins": ["axolotl.integrations.liger.LigerPlugin"],
     "liger_rope": True,
     "liger_rms_norm": True,
     "liger_glu_activation": True,
     "liger_fused_linear_cross_entropy": True,
-}
-KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
+} | dict.fromkeys(KERNELS, True)
 STOCK = dict.fromkeys(KERNELS, False)
 FUSED = {"plugins": ["lorafuse.LorafusePlugin"], "fused": True, "fused_strict": True}
 # Of Axolotl's YAML; a TRL run takes of it what is lorafuse's.
@@ -60,10 +63,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "stock": STOCK,
     "lorafuse selective": FUSED | {"fused_checkpointing": "selective"},
     "lorafuse off": FUSED | {"fused_checkpointing": "off"},
-    "axolotl": LIGER | dict.fromkeys(KERNELS, True),
-    "axolotl, nothing recomputed": LIGER
-    | dict.fromkeys(KERNELS, True)
-    | {"gradient_checkpointing": False},
+    "axolotl": PEER,
+    "axolotl, nothing recomputed": PEER | {"gradient_checkpointing": False},
 }
 AXOLOTL = "axolotl.cli.main"
 MODEL, ADAPTER, ROWS = "model", "adapter", "rows.jsonl"
@@ -104,7 +105,6 @@ def save_model(folder: Path, args: argparse.Namespace) -> None:
         "sdpa", args.device,
     )  # fmt: skip
     model = base_model(find_model(args.model, args.layers), job)
-    model.config.pad_token_id = None
     model.save_pretrained(folder / MODEL)
     AutoTokenizer.from_pretrained(args.tokenizer).save_pretrained(folder / MODEL)
     adapted(model, job).save_pretrained(str(folder / ADAPTER))
@@ -122,7 +122,8 @@ def save_rows(file: Path, args: argparse.Namespace) -> None:
             out.write(json.dumps(row) + "\n")
 
 
-def axolotl_config(folder: Path, system: str, args: argparse.Namespace) -> dict[str, Any]:
+def settings_of(folder: Path, system: str, args: argparse.Namespace) -> dict[str, Any]:
+    """As Axolotl's YAML has them; `train_with_trl` reads the same."""
     on_gpu = args.device == "cuda"
     return {
         "base_model": str(folder / MODEL),
@@ -160,7 +161,7 @@ def axolotl_config(folder: Path, system: str, args: argparse.Namespace) -> dict[
 
 
 def train_with_trl(settings: Path) -> None:
-    """In a process of its own: SFTTrainer by the settings of `axolotl_config`."""
+    """In a process of its own: SFTTrainer by what `settings_of` has written."""
     from datasets import load_dataset
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -208,7 +209,7 @@ def train_with_trl(settings: Path) -> None:
 
 
 def run(folder: Path, trainer: str, system: str, args: argparse.Namespace) -> Run:
-    config = axolotl_config(folder, system, args)
+    config = settings_of(folder, system, args)
     out = Path(config["output_dir"]) / trainer
     config["output_dir"] = str(out)
     out.mkdir(parents=True)
@@ -237,7 +238,7 @@ def run(folder: Path, trainer: str, system: str, args: argparse.Namespace) -> Ru
         what = said[-1] if said else f"exit status {status}, {len(marks)} steps"
         print("".join(lines[-30:]), file=sys.stderr)
         return Run(trainer, system, what, seconds, None, [], [], [], None, {})
-    step_ms = [1e3 * (b - a) for a, b in zip(marks[WARM_UP - 1 :], marks[WARM_UP:], strict=False)]
+    step_ms = [1e3 * (b - a) for a, b in pairwise(marks[WARM_UP - 1 :])]
     state = json.loads(max(out.rglob("trainer_state.json")).read_text(encoding="utf-8"))
     logged = [entry for entry in state["log_history"] if "loss" in entry]
     peaks = [x["memory/max_allocated (GiB)"] * 2**30 / 1e9 for x in logged
@@ -287,6 +288,7 @@ def main() -> None:
                 print(runs[-1].describe(), flush=True)
                 if args.json is not None:
                     content = {
+                        "date": datetime.now(UTC).isoformat(timespec="seconds"),
                         "gpu": gpu_name(), "versions": versions(), "command": sys.argv,
                         "runs": [asdict(one) for one in runs],
                     }  # fmt: skip

@@ -13,13 +13,13 @@ from transformers import FalconConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
 from lorafuse.patches import padding_free
 from lorafuse.patches.apply import OPERATIONS, FusedModel, apply
 from lorafuse.patches.bind import Unsupported
+from lorafuse.patches.label_places import IGNORED
 from lorafuse.patches.padding_free import MULTIPLE, WORTH, read_rows, verify_padding_free
 
 from .conftest import SMALL
 
 ALL = dict.fromkeys(OPERATIONS, True)
 LENGTHS = (40, 11, 23, 6)
-IGNORED = -100
 LONG = SMALL | {"max_position_embeddings": 128}
 FAMILIES = ["llama", "llama-biased", "qwen2", "qwen3", "gemma3", "phi3", "granite", "smollm3"]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from typer.testing import CliRunner
 
-from lorafuse.plugin.bench_images import IGNORED, row_images
+from lorafuse.patches.label_places import IGNORED
+from lorafuse.plugin.bench_images import row_images
 from lorafuse.plugin.bench_job import Job
 from lorafuse.plugin.bench_model import adapted, base_model, inputs, parameters
 from lorafuse.plugin.bench_systems import UnsupportedError, patch_base
@@ -200,6 +201,7 @@ def test_what_does_not_go_with_images(tmp_path: Path) -> None:
     tiny("gemma-3-12b-vision").save_pretrained(folder)
     for options, message in (
         (("--documents", "2"), "such rows are not packed"),
+        (("--padding", "0.2"), "such rows are of one length; leave it out"),
         (("--tokens", "14"), "has no room for a row's 2 images with text around them; give 15"),
     ):
         arguments = ["bench", "--model", str(folder), "--device", "cpu", "--quant", "none"]

@@ -99,6 +99,13 @@ def test_a_yaml_says_what_is_asked_for(write: Any) -> None:
     assert "in float32" in result.output
 
 
+def test_padding_is_left_out_of_the_step_that_is_tried(write: Any) -> None:
+    settings = {"fused": True, "fused_padding_free": True}
+    result = invoke("doctor", write(**PLUGIN, **LORA, **settings))
+    assert result.exit_code == 0 and "every call fell back" not in result.output, result.output
+    assert rows(result.output)["fused_padding_free"][:4] == ["yes", "1", "1", "1"]
+
+
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 def test_qlora_is_quantised_as_axolotl_does_it(write: Any, double: bool) -> None:
     pytest.importorskip("bitsandbytes")

@@ -207,3 +207,15 @@ def test_axolotl_mixes_in_every_flag() -> None:
 
     assert set(LorafuseArgs.model_fields) == {"fused", *FuseConfig.model_fields}
     assert all(value is None for value in LorafuseArgs().model_dump().values())
+
+
+@pytest.mark.parametrize("flag", ["fused_graphs", "fused_folded_weights", "fused_padding_free"])
+def test_nothing_turns_what_is_in_trial_on_but_its_own_flag(flag: str) -> None:
+    assert not getattr(FuseConfig(), flag)
+    config = FuseConfig.from_yaml({"fused": True})
+    assert config is not None and not getattr(config, flag)
+    config = check({"fused": True, flag: True})
+    assert config is not None and getattr(config, flag)
+    assert config.enabled() == FuseConfig().enabled()
+    with pytest.raises(FuseConfigError, match="no operation is asked for"):
+        FuseConfig.from_yaml({flag: True})

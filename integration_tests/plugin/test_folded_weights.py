@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lorafuse import FuseConfig, fuse
-from lorafuse.plugin.axolotl_yaml import check
 from lorafuse.plugin.errors import FuseConfigError, FuseError
 
 IDS = torch.randint(3, 60, (2, 10), generator=torch.Generator().manual_seed(0))
@@ -20,15 +19,7 @@ def step(model: Any) -> float:
     return float(loss.detach())
 
 
-def test_nothing_turns_it_on_but_its_own_flag() -> None:
-    assert not FuseConfig().fused_folded_weights
-    config = FuseConfig.from_yaml({"fused": True})
-    assert config is not None and not config.fused_folded_weights
-    config = check({"fused": True, "fused_folded_weights": True})
-    assert config is not None and config.fused_folded_weights
-    assert config.enabled() == FuseConfig().enabled()
-    with pytest.raises(FuseConfigError, match="no operation is asked for"):
-        FuseConfig.from_yaml({"fused_folded_weights": True})
+def test_it_is_for_base_weights() -> None:
     with pytest.raises(FuseConfigError, match="has no effect without fused_lora_mlp"):
         FuseConfig(fused_folded_weights=True, fused_cross_entropy=True)
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 from graph_emulation import EmulatedRecorder
 
-from lorafuse import FuseConfig, fuse
+from lorafuse import fuse
 from lorafuse.patches import apply as apply_module
 from lorafuse.patches import layer_graphs
 from lorafuse.patches.layer_graphs import WARM
-from lorafuse.plugin.axolotl_yaml import check
-from lorafuse.plugin.errors import FuseConfigError, FuseError
+from lorafuse.plugin.errors import FuseError
 
 IDS = torch.randint(3, 60, (2, 10), generator=torch.Generator().manual_seed(0))
 
@@ -27,17 +26,6 @@ def step(model: Any) -> float:
     loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
     loss.backward()
     return float(loss.detach())
-
-
-def test_nothing_turns_it_on_but_its_own_flag() -> None:
-    assert not FuseConfig().fused_graphs
-    config = FuseConfig.from_yaml({"fused": True})
-    assert config is not None and not config.fused_graphs
-    config = check({"fused": True, "fused_graphs": True})
-    assert config is not None and config.fused_graphs
-    assert config.enabled() == FuseConfig().enabled()
-    with pytest.raises(FuseConfigError, match="no operation is asked for"):
-        FuseConfig.from_yaml({"fused_graphs": True})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")

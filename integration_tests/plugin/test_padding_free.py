@@ -8,19 +8,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lorafuse import FuseConfig, LorafuseCallback, fuse
-from lorafuse.plugin.axolotl_yaml import check
 from lorafuse.plugin.errors import FuseConfigError, FuseError
 
 from .test_trl import SAME, build, logs
-
-
-def test_nothing_turns_it_on_but_its_own_flag() -> None:
-    assert not FuseConfig().fused_padding_free
-    config = FuseConfig.from_yaml({"fused": True})
-    assert config is not None and not config.fused_padding_free
-    config = check({"fused": True, "fused_padding_free": True})
-    assert config is not None and config.fused_padding_free
-    assert config.enabled() == FuseConfig().enabled()
 
 
 @pytest.mark.parametrize(
