@@ -26,13 +26,16 @@ OPERATIONS = (*SWITCHES, "fused_attention")
 MOE = "fused_moe"
 # What is fused beside the model's own operations.
 OPTIMIZER = "fused_optimizer"
+TRAVERSAL = "fused_traversal"
 FP8 = "fused_fp8"
 GRAPHS = "fused_graphs"
 FOLDED_WEIGHTS = "fused_folded_weights"
 PADDING_FREE = "fused_padding_free"
 # The operations whose base weights FP8 and folded weights are for.
 WITH_BASE_WEIGHTS = ("fused_lora_mlp", "fused_lora_qkv", "fused_lora_o")
-_NAMED = (*OPERATIONS, OPTIMIZER)
+# On where no operation is named, off where others are.
+_BESIDE = (OPTIMIZER, TRAVERSAL)
+_NAMED = (*OPERATIONS, *_BESIDE)
 EVERYTHING = "fused"
 PREFIX = "fused_"
 # Of memory, in GB: no machine has more, and who writes more means MB or bytes.
@@ -55,6 +58,8 @@ class FuseConfig(BaseModel):
             `off` leaves the attention alone.
         fused_optimizer: bitsandbytes' 8-bit optimisers update all tensors without waiting for the
             GPU after each. Other optimisers stay as they are.
+        fused_traversal: Trainers walk over all modules several times a step, while the GPU waits;
+            the walks over decoder layers take a fraction of the time.
         fused_fp8: The base GEMMs of the LoRA operations in FP8 (e4m3, a scale for each token):
             faster on Hopper and newer GPUs, and coarser than bf16. LoRA's own part keeps its
             precision. Neither `fused: true` nor naming no operation turns it on.
@@ -98,6 +103,7 @@ class FuseConfig(BaseModel):
     fused_moe: StrictBool = True
     fused_attention: Literal["auto", "sdpa", "off"] = "auto"
     fused_optimizer: StrictBool = True
+    fused_traversal: StrictBool = True
     fused_fp8: StrictBool = False
     fused_graphs: StrictBool = False
     fused_folded_weights: StrictBool = False
@@ -156,7 +162,7 @@ class FuseConfig(BaseModel):
     def _only_what_is_named(cls, flags: dict[str, Any]) -> dict[str, Any]:
         flags = _without_yaml_booleans(flags)
         if named_on(flags):
-            off = {"fused_attention": "off", OPTIMIZER: False}
+            off = {"fused_attention": "off"} | dict.fromkeys(_BESIDE, False)
             return dict.fromkeys(SWITCHES, False) | off | flags
         return flags
 
@@ -193,7 +199,7 @@ class FuseConfig(BaseModel):
         config = cls(**flags)
         asked = named_on(_without_yaml_booleans(flags))
         if everything:
-            on = {"fused_attention": "auto", OPTIMIZER: True}
+            on = {"fused_attention": "auto"} | dict.fromkeys(_BESIDE, True)
             config = cls(**(dict.fromkeys(SWITCHES, True) | on | flags))
             # `model_fields_set` stays what the user has named.
             return cls.model_construct(_fields_set=set(flags), **config.model_dump())

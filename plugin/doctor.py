@@ -153,6 +153,7 @@ def _try_a_step(model: nn.Module, report: FuseReport, dtype: torch.dtype, *, pad
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = model(**inputs).loss
         loss.backward()
+        model.zero_grad()
     except Exception as error:  # any model's forward may raise anything; what is fused is known
         report.notes.append(
             f"no step could be tried on random tokens ({type(error).__name__}: {error}), so that "

@@ -7,11 +7,12 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lorafuse.patches.apply import FusedModel, OperationRecord, Record, apply
+from lorafuse.patches.apply import FusedModel, OperationRecord, apply
 from lorafuse.patches.checkpointing import OPERATION as CHECKPOINTING
 from lorafuse.patches.modes import AUTO
 from lorafuse.patches.optimizer import fuse_optimizer
 from lorafuse.patches.structure import NO_EXPERTS
+from lorafuse.patches.traversal import flatten_traversal
 from lorafuse.plugin import log
 from lorafuse.plugin.config import (
     FOLDED_WEIGHTS,
@@ -21,6 +22,7 @@ from lorafuse.plugin.config import (
     OPTIMIZER,
     PADDING_FREE,
     PREFIX,
+    TRAVERSAL,
     FuseConfig,
 )
 from lorafuse.plugin.errors import FuseConfigError, FuseError
@@ -116,13 +118,28 @@ def fuse_with(
         config, fused.records, fused.unfuse, fused.notes, fused.fp8_noise, fused.checkpointing,
         fused.masks, fused.proofs, fused.proving_s,
     )  # fmt: skip
+    if not aside:
+        _add_traversal(report, model, any(record.fused for record in fused.records))
     try:
         report.check_fused()
     except Exception:
-        fused.unfuse()
+        report.unfuse()
         raise
     _fused[model] = report
     return report
+
+
+def _add_traversal(report: FuseReport, model: nn.Module, is_fused: bool) -> None:
+    """Flattens the walks over a model of which something else is fused, where that is asked for."""
+    config = report.config
+    if not config.fused_traversal:
+        return
+    found = flatten_traversal(model) if is_fused else None
+    if found is not None:
+        report.add(found, found.undo)
+    elif TRAVERSAL in config.model_fields_set:
+        reason = "its walks are not torch's" if is_fused else "nothing else of it is fused"
+        report.add(_not_fused(TRAVERSAL.removeprefix(PREFIX), reason))
 
 
 def add_optimizer(report: FuseReport, optimizer: Any) -> None:
@@ -188,8 +205,13 @@ def _say_no_experts(model: nn.Module, fused: FusedModel) -> None:
     """Dense models have none, which is no fallback; but whoever names the flag is to know."""
     operation = MOE.removeprefix(PREFIX)
     if not any(record.operation == operation for record in fused.records):
-        reason = f"{NO_EXPERTS} was found in {type(model).__name__}"
-        fused.records.append(OperationRecord(operation, "", False, reason=reason))
+        fused.records.append(
+            _not_fused(operation, f"{NO_EXPERTS} was found in {type(model).__name__}")
+        )
+
+
+def _not_fused(operation: str, reason: str) -> OperationRecord:
+    return OperationRecord(operation, "", False, reason=reason)
 
 
 def _apply(model: nn.Module, config: FuseConfig, plugins: Plugins) -> FusedModel:
@@ -216,10 +238,6 @@ def _stand_aside(config: FuseConfig, reason: str) -> FusedModel:
     asked += [FOLDED_WEIGHTS.removeprefix(PREFIX)] if config.fused_folded_weights else []
     asked += [PADDING_FREE.removeprefix(PREFIX)] if config.fused_padding_free else []
     asked += [CHECKPOINTING] if config.fused_checkpointing != AUTO else []
-    records: list[Record] = [
-        OperationRecord(
-            operation=name, module="", fused=False, level="", reason=reason, forward=None
-        )
-        for name in asked
-    ]
-    return FusedModel(records=records, notes=[])
+    walks = config.fused_traversal and TRAVERSAL in config.model_fields_set
+    asked += [TRAVERSAL.removeprefix(PREFIX)] if walks else []
+    return FusedModel(records=[_not_fused(name, reason) for name in asked])

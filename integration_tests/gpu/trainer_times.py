@@ -9,7 +9,8 @@ them, read rows, log and clip as they do for their users. Each run is a process.
 logged, and the time of a step is that from one line of the log to the next; the first `WARM_UP`
 are left out. Loss, gradient norm and peak memory are what the trainer says.
 
-The runs of one trainer start from the same adapter and see the same rows. `axolotl` is with
+A system that is named twice runs twice. The runs of one trainer start from the same adapter and see
+the same rows. `axolotl` is with
 Axolotl's own LoRA kernels and its Liger plugin.
 """
 
@@ -58,11 +59,17 @@ PEER = {
 } | dict.fromkeys(KERNELS, True)
 STOCK = dict.fromkeys(KERNELS, False)
 FUSED = {"plugins": ["lorafuse.LorafusePlugin"], "fused": True, "fused_strict": True}
+OFF = FUSED | {"fused_checkpointing": "off"}
+GRAPHS = {"fused_graphs": True}
+TORCHS_WALKS = {"fused_traversal": False}
 # Of Axolotl's YAML; a TRL run takes of it what is lorafuse's.
 SYSTEMS: dict[str, dict[str, Any]] = {
     "stock": STOCK,
     "lorafuse selective": FUSED | {"fused_checkpointing": "selective"},
-    "lorafuse off": FUSED | {"fused_checkpointing": "off"},
+    "lorafuse off": OFF,
+    "lorafuse off, torch's walks": OFF | TORCHS_WALKS,
+    "lorafuse graphs": OFF | GRAPHS,
+    "lorafuse graphs, torch's walks": OFF | GRAPHS | TORCHS_WALKS,
     "axolotl": PEER,
     "axolotl, nothing recomputed": PEER | {"gradient_checkpointing": False},
 }
@@ -156,7 +163,6 @@ def settings_of(folder: Path, system: str, args: argparse.Namespace) -> dict[str
         "seed": 42,
         "logging_steps": 1,
         "save_steps": args.steps,
-        "output_dir": str(folder / "out" / system.replace(" ", "_").replace(",", "")),
     } | SYSTEMS[system]
 
 
@@ -210,9 +216,8 @@ def train_with_trl(settings: Path) -> None:
 
 def run(folder: Path, trainer: str, system: str, args: argparse.Namespace) -> Run:
     config = settings_of(folder, system, args)
-    out = Path(config["output_dir"]) / trainer
+    out = Path(tempfile.mkdtemp(dir=folder, prefix=f"{trainer}_"))
     config["output_dir"] = str(out)
-    out.mkdir(parents=True)
     file = out / "config.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     if trainer == "axolotl":

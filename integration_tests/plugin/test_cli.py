@@ -80,7 +80,7 @@ def test_a_model_without_weights(model_dir: Path) -> None:
     assert "GPU: " in result.output.splitlines()[1]
     assert "LlamaForCausalLM, 32 layers; tried on a copy of 2 narrow layers" in result.output
     table = rows(result.output)
-    assert list(table) == [*OPERATIONS, "fused_checkpointing"]
+    assert list(table) == [*OPERATIONS, "fused_checkpointing", "fused_traversal"]
     assert table["fused_moe"] == ["yes", "0", "0", "0", "", ""]  # a dense model
     for name in set(OPERATIONS[:-1]) - {"fused_moe"}:
         asked, found, fused, called, _, why = table[name]

@@ -37,6 +37,7 @@ def test_a_fused_model_computes_what_the_stock_one_does(llama) -> None:
         "rms_norm": 5,
         "rope": 2,
         "checkpointing": 2,
+        "traversal": 1,
     }
     fused_loss, fused_gradients = step(llama)
     assert all(one.called == one.fused for one in report.operations().values())
