@@ -10,8 +10,10 @@ Here these methods are replaced on instances: the walks on the model and on the 
 whose methods trainers call, and `train` on the decoder layers, under which nearly all modules are.
 The @@"""
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +26,19 @@ OPERATION = "traversal"
 _WORTH = 16  # modules of a layer
 
 
+@dataclass
+class Tally:
+    """Calls of a model's methods; the report holds it, and not the model.
+
+    Attributes:
+        calls: those that went this way.
+        stock_calls: reason -> those that went torch's way.
+    """
+
+    calls: int = 0
+    stock_calls: Counter[str] = field(default_factory=Counter)
+
+
 class _Method:
     """What stands in for one method in a module's `__dict__`; deepcopy and pickle take it along.
 
@@ -34,10 +49,9 @@ class _Method:
 
     __func__: Callable[..., Any]
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, tally: Tally) -> None:
         self.__self__ = module
-        self.calls = 0
-        self.stock_calls: Counter[str] = Counter()
+        self.tally = tally
 
 
 class _NamedModules(_Method):
@@ -48,7 +62,7 @@ class _NamedModules(_Method):
     def __call__(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        self.calls += 1
+        self.tally.calls += 1
         return _walk(self.__self__, set() if memo is None else memo, prefix, remove_duplicate)
 
 
@@ -60,7 +74,7 @@ class _NamedParameters(_Method):
     def __call__(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        self.calls += 1
+        self.tally.calls += 1
         modules: Any = [(prefix, self.__self__)]
         if recurse:
             modules = _walk(self.__self__, set(), prefix, remove_duplicate)
@@ -80,7 +94,7 @@ class _Parameters(_Method):
     __func__ = staticmethod(nn.Module.parameters)
 
     def __call__(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        self.calls += 1
+        self.tally.calls += 1
         modules: Any = [(None, self.__self__)]
         if recurse:
             modules = _walk(self.__self__, set(), None, True)
@@ -102,14 +116,14 @@ class _Train(_Method):
         parts = [part for _, part in _walk(self.__self__, set(), None, True)]
         for part in parts[1:]:
             if type(part).train is not torchs or "train" in part.__dict__:
-                self.stock_calls[f"{type(part).__name__} has a train of its own"] += 1
+                self.tally.stock_calls[f"{type(part).__name__} has a train of its own"] += 1
                 return torchs(self.__self__, mode)
         if not isinstance(mode, bool):
             return torchs(self.__self__, mode)  # which raises
         for part in parts:
             if part.training is not mode:
                 part.training = mode
-        self.calls += 1
+        self.tally.calls += 1
         return self.__self__
 
 
@@ -118,15 +132,15 @@ class _NumParameters(_Method):
 
     __func__ = staticmethod(PreTrainedModel.num_parameters)
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, tally: Tally) -> None:
+        super().__init__(module, tally)
         self._known: dict[bool, tuple[Any, int]] = {}
 
     def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         stock: Any = self.__func__
         if only_trainable:
             return int(stock(self.__self__, only_trainable, exclude_embeddings))
-        self.calls += 1
+        self.tally.calls += 1
         counted = _counted(self.__self__)
         key, number = self._known.get(exclude_embeddings, (None, 0))
         if key != counted:
@@ -200,54 +214,54 @@ class FlatTraversal:
 
     Attributes:
         module: the model's class.
-        calls: calls that went this way.
-        stock_calls: reason -> those that went torch's way.
+        tally: counts their calls.
     """
 
     operation, level, fused, reason = OPERATION, "", True, ""
 
-    def __init__(self, model: nn.Module, methods: Sequence[_Method]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.module = type(model).__name__
-        self._methods = methods
+        self.tally = Tally()
+        self._methods: list[weakref.ref[_Method]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._methods)
 
     @property
     def calls(self) -> int:
-        return sum(method.calls for method in self._methods)
+        return self.tally.calls
 
     @property
     def stock_calls(self) -> dict[str, int]:
-        return dict(sum((method.stock_calls for method in self._methods), Counter()))
+        return dict(self.tally.stock_calls)
+
+    def replace(self, module: nn.Module, methods: Sequence[type[_Method]]) -> None:
+        """Puts `methods` on the instance, all of them, if what they stand for are its methods."""
+        stock = {one.__func__.__name__: one.__func__ for one in methods} | _WHAT_THEY_CALL
+        for name, method in stock.items():
+            if getattr(type(module), name, None) is not method or name in module.__dict__:
+                return
+        for one in methods:
+            ours = one(module, self.tally)
+            module.__dict__[one.__func__.__name__] = ours
+            self._methods.append(weakref.ref(ours))
 
     def undo(self) -> None:
         """Gives the methods back; what somebody has put in their place since then stays."""
-        for method in self._methods:
-            own = method.__self__.__dict__
-            name = method.__func__.__name__
-            if own.get(name) is method:
-                del own[name]
+        for known in self._methods:
+            method = known()
+            if method is not None:
+                own, name = method.__self__.__dict__, method.__func__.__name__
+                if own.get(name) is method:
+                    del own[name]
 
 
-def replace(module: nn.Module, methods: Sequence[type[_Method]]) -> list[_Method]:
-    """Puts `methods` on the instance, if what they stand for are its methods.
-
-    Returns:
-        Those that stand there: all or none.
-    """
-    stock = {one.__func__.__name__: one.__func__ for one in methods} | _WHAT_THEY_CALL
-    for name, method in stock.items():
-        if getattr(type(module), name, None) is not method or name in module.__dict__:
-            return []
-    ours = [one(module) for one in methods]
-    module.__dict__.update({one.__func__.__name__: one for one in ours})
-    return ours
-
-
-def flatten_traversal(model: nn.Module) -> FlatTraversal | None:
+def flatten_traversal(model: nn.Module) -> FlatTraversal:
     """Flattens the walks over `model` and over the one under PEFT, and `train` of their layers:
     whatever lies in a list and holds many modules.
 
     Returns:
-        The record; None where none of the methods is torch's.
+        The record; false where none of the methods is torch's.
     """
     peft: Any = model
     core = peft.get_base_model() if hasattr(peft, "get_base_model") else model
@@ -260,7 +274,10 @@ def flatten_traversal(model: nn.Module) -> FlatTraversal | None:
                 if layer not in inside and len(below) >= _WORTH:
                     layers.append(layer)
                 inside |= below
-    replaced = [method for one in dict.fromkeys([model, core]) for method in replace(one, WALKS)]
-    replaced += replace(core, COUNT)
-    replaced += [method for layer in layers for method in replace(layer, TRAIN)]
-    return FlatTraversal(model, replaced) if replaced else None
+    traversal = FlatTraversal(model)
+    for one in dict.fromkeys([model, core]):
+        traversal.replace(one, WALKS)
+    traversal.replace(core, COUNT)
+    for layer in layers:
+        traversal.replace(layer, TRAIN)
+    return traversal

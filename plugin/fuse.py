@@ -135,7 +135,7 @@ def _add_traversal(report: FuseReport, model: nn.Module, is_fused: bool) -> None
     if not config.fused_traversal:
         return
     found = flatten_traversal(model) if is_fused else None
-    if found is not None:
+    if found:
         report.add(found, found.undo)
     elif TRAVERSAL in config.model_fields_set:
         reason = "its walks are not torch's" if is_fused else "nothing else of it is fused"

@@ -71,6 +71,12 @@ def llama() -> PeftModel:
 
 
 @pytest.fixture
+def make_llama() -> Callable[[], PeftModel]:
+    """Makes models that only the test holds."""
+    return lambda: adapted(llama_config())
+
+
+@pytest.fixture
 def another_llama() -> PeftModel:
     """Equal to `llama`."""
     return adapted(llama_config())

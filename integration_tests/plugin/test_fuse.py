@@ -1,5 +1,8 @@
 """`fuse`: what it accepts, what it looks through, and that it leaves a model as it was."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -195,3 +198,20 @@ def test_checkpointing_that_was_asked_for_stands_aside_with_its_reason(llama) ->
     (reason,) = report.operations()["checkpointing"].fallbacks
     assert "DataParallel copies" in reason.reason
     assert "checkpointing" not in fuse(wrapped).operations()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_fused_model_that_nobody_holds_is_freed(make_llama, keep) -> None:
+    model = make_llama()
+    report = fuse(model)
+    step(model)
+    calls = report.operations()["traversal"].calls
+    gone = weakref.ref(model)
+    if keep:  # whoever has unfused a model may keep the report
+        report.unfuse()
+        assert report.operations()["traversal"].calls == calls > 0
+    else:
+        del report
+    del model
+    gc.collect()
+    assert gone() is None
