@@ -72,7 +72,7 @@ class FuseConfig(BaseModel):
             must not meet. Off unless it is set.
         fused_padding_free: Decoder layers compute a padded batch without its padding; labels, head
             and loss see the shapes that they always see. For batches that are padded, not packed.
-            In trial: off unless it is set.
+            Off unless it is set.
         fused_checkpointing: What decoder layers that are fused whole keep for backward, in place of
             the trainer's own gradient checkpointing. `off` keeps all, `selective` computes again
             what is cheap, `offload` also moves what it keeps to the host, `auto` picks for each

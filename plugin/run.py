@@ -20,7 +20,7 @@ from lorafuse.plugin.fuse import add_optimizer, unwrap
 from lorafuse.plugin.manager import Plugins
 from lorafuse.plugin.out_of_memory import StepRepeater
 from lorafuse.plugin.report import FILE_NAME, FuseReport
-from lorafuse.plugin.throughput import Throughput, peak_memory_gb
+from lorafuse.plugin.throughput import PeakMemory, Throughput
 
 TOKENS_PER_SECOND = "lorafuse/tokens_per_second"
 PEAK_MEMORY_GB = "lorafuse/peak_memory_gb"
@@ -42,6 +42,7 @@ class RunCallback(TrainerCallback):
         self.plugins = plugins
         self.report = report
         self._throughput = Throughput()
+        self._peak = PeakMemory()
         self._repeater: StepRepeater | None = None
 
     def on_train_begin(
@@ -57,6 +58,7 @@ class RunCallback(TrainerCallback):
         self._go_first()
         self._checkpoint(report, args)
         self._throughput.attach(model)
+        self._peak = PeakMemory()
         _write(report, args)
         log.info("what was fused\n" + report.text())
         self.plugins.call("lorafuse_train_begin", model=model, report=report)
@@ -79,6 +81,7 @@ class RunCallback(TrainerCallback):
     ) -> None:
         report = self._reported()
         report.steps += 1
+        self._peak.note()  # before the trainer logs, for it may count anew then
         if report.steps == 1:
             _write(report, args)
             log.info("what was called\n" + report.text())
@@ -97,7 +100,7 @@ class RunCallback(TrainerCallback):
             return
         metrics = {
             TOKENS_PER_SECOND: self._throughput.end_stretch(),
-            PEAK_MEMORY_GB: peak_memory_gb(),
+            PEAK_MEMORY_GB: self._peak.note(),
         }
         known = {name: round(value, 4) for name, value in metrics.items() if value is not None}
         logs.update(known)

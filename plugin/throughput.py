@@ -76,8 +76,23 @@ class Throughput:
             self._tokens = self._tokens + embeddings.shape[:-1].numel()
 
 
-def peak_memory_gb() -> float | None:
-    """The peak so far, in GB of 1e9 bytes: allocated on the GPU, else resident."""
+class PeakMemory:
+    """The peak of a run, also where somebody counts peaks anew within it, as Axolotl does whenever
+    it logs."""
+
+    def __init__(self) -> None:
+        self._gb: float | None = None
+
+    def note(self) -> float | None:
+        """The peak so far, in GB of 1e9 bytes: allocated on the GPU, else resident; None where
+        nobody can tell."""
+        now = _peak_memory_gb()
+        if now is not None:
+            self._gb = max(now, self._gb or 0)
+        return self._gb
+
+
+def _peak_memory_gb() -> float | None:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GB
     if sys.platform == "win32":

@@ -23,9 +23,12 @@ def forwards(model: nn.Module) -> dict[str, object]:
 def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of one training step."""
     model.zero_grad()
-    loss = model(input_ids=IDS, labels=IDS).loss
+    ids = IDS.to(next(model.parameters()).device)  # DataParallel and FSDP move models to a GPU
+    loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach().cpu(), {
+        n: p.grad for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def test_a_fused_model_computes_what_the_stock_one_does(llama) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lorafuse import FuseConfig, LorafuseCallback
+from lorafuse.plugin import throughput
 from lorafuse.plugin.errors import FuseError
 from lorafuse.plugin.run import PEAK_MEMORY_GB, TOKENS_PER_SECOND
 from lorafuse.plugin.throughput import Throughput
@@ -68,32 +69,58 @@ def test_metrics_reach_callbacks_that_were_added_before(llama, tmp_path) -> None
     assert others and not any(METRICS & logs.keys() for logs in others)
 
 
+def test_the_peak_is_the_runs_where_the_trainer_counts_anew_when_it_logs(
+    llama, tmp_path, monkeypatch
+) -> None:
+    """As Axolotl does: it logs the peak itself, and resets it ahead of the callbacks."""
+    gb = {"peak": 1.0}
+    monkeypatch.setattr(throughput, "_peak_memory_gb", lambda: gb["peak"])
+    needed = iter((7.0, 5.0, 8.0, 6.0))
+
+    class Resetting(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            gb["peak"] = max(gb["peak"], next(needed))
+            return loss
+
+        def log(self, *args: Any, **kwargs: Any) -> None:
+            gb["peak"] = 1.0
+            super().log(*args, **kwargs)
+
+    built = build(llama, tmp_path)
+    trainer = Resetting(model=built.model, args=built.args, train_dataset=ROWS)
+    trainer.add_callback(LorafuseCallback())
+    trainer.train()
+    peaks = [one[PEAK_MEMORY_GB] for one in trainer.state.log_history if "loss" in one]
+    assert peaks == [7.0, 7.0, 8.0, 8.0]
+
+
 def test_tokens_are_those_that_are_not_padding(llama) -> None:
-    throughput = Throughput()
-    throughput.attach(llama)
+    counter = Throughput()
+    counter.attach(llama)
     ids = torch.full((2, 5), 3)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    throughput.start_stretch()
+    counter.start_stretch()
     llama(input_ids=ids, attention_mask=mask)
-    assert int(throughput._tokens) == 8
+    assert int(counter._tokens) == 8
     llama(input_ids=ids)
     llama(ids)
-    assert int(throughput._tokens) == 28
+    assert int(counter._tokens) == 28
     with torch.no_grad():
         llama(input_ids=ids)
     llama.eval()
     llama(input_ids=ids)
-    assert int(throughput._tokens) == 28
-    assert (throughput.end_stretch() or 0) > 0
-    assert throughput.end_stretch() is None
+    assert int(counter._tokens) == 28
+    assert (counter.end_stretch() or 0) > 0
+    assert counter.end_stretch() is None
     llama.train()
-    throughput.start_stretch()
-    throughput.drop_stretch()
-    assert throughput.end_stretch() is None
-    throughput.detach()
-    throughput.start_stretch()
+    counter.start_stretch()
+    counter.drop_stretch()
+    assert counter.end_stretch() is None
+    counter.detach()
+    counter.start_stretch()
     llama(input_ids=ids)
-    assert throughput.end_stretch() is None
+    assert counter.end_stretch() is None
 
 
 def test_a_stretch_that_an_evaluation_cuts_off_is_dropped(llama, tmp_path) -> None:
