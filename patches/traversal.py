@@ -8,7 +8,10 @@ name, and its `train` sets what is set already.
 
 Here these methods are replaced on instances: the walks on the model and on the one under PEFT,
 whose methods trainers call, and `train` on the decoder layers, under which nearly all modules are.
-The @@"""
+The same modules and parameters come under the same names, in the same order and as lazily. No walk
+remembers the last one, as modules may come and go; but transformers' `num_parameters`, for which
+trainers count the same parameters in every step, counts again only what is not the same.
+"""
 
 import weakref
 from collections import Counter
@@ -269,9 +272,9 @@ def flatten_traversal(model: nn.Module) -> FlatTraversal:
     inside: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and module not in inside:
-            for layer in module:
-                below = set(layer.modules())
-                if layer not in inside and len(below) >= _WORTH:
+            for layer in module._modules.values():
+                below = set() if layer is None else set(layer.modules())
+                if layer is not None and layer not in inside and len(below) >= _WORTH:
                     layers.append(layer)
                 inside |= below
     traversal = FlatTraversal(model)

@@ -299,6 +299,7 @@ def test_only_where_asked_for():
 
 def test_no_list_of_layers():
     model = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)]))
+    model[1].add_module("1", None)  # as models do that leave a place empty
     record = flatten_traversal(model)
     assert record.module == "Sequential" and [n for n, _ in model.named_modules()] == [
         "", "0", "1", "1.0",
