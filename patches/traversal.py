@@ -78,17 +78,7 @@ class _NamedParameters(_Method):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         self.tally.calls += 1
-        modules: Any = [(prefix, self.__self__)]
-        if recurse:
-            modules = _walk(self.__self__, set(), prefix, remove_duplicate)
-        seen: set[int] = set()
-        for before, module in modules:
-            for name, p in module._parameters.items():
-                if p is None or id(p) in seen:
-                    continue
-                if remove_duplicate:
-                    seen.add(id(p))
-                yield f"{before}.{name}" if before else name, p
+        return _parameters(self.__self__, prefix, recurse, remove_duplicate)
 
 
 class _Parameters(_Method):
@@ -98,15 +88,7 @@ class _Parameters(_Method):
 
     def __call__(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         self.tally.calls += 1
-        modules: Any = [(None, self.__self__)]
-        if recurse:
-            modules = _walk(self.__self__, set(), None, True)
-        seen: set[int] = set()
-        for _, module in modules:
-            for p in module._parameters.values():
-                if p is not None and id(p) not in seen:
-                    seen.add(id(p))
-                    yield p
+        return (p for _, p in _parameters(self.__self__, None, recurse, True))
 
 
 class _Train(_Method):
@@ -155,7 +137,6 @@ class _NumParameters(_Method):
 def _counted(root: nn.Module) -> list[Any]:
     """Everything that the number of all parameters follows from: who they are, their classes and
     sizes, and which are embeddings'."""
-    seen: set[int] = set()
     found: list[Any] = []
     # Or each question to a 4-bit weight would go through its class's `__torch_function__`.
     with torch._C.DisableTorchFunctionSubclass():
@@ -163,8 +144,7 @@ def _counted(root: nn.Module) -> list[Any]:
             if isinstance(module, nn.Embedding):
                 found.append((id(module), id(module._parameters.get("weight"))))
             for p in module._parameters.values():
-                if p is not None and id(p) not in seen:
-                    seen.add(id(p))
+                if p is not None:
                     found += (id(p), type(p), p.numel())
     return found
 
@@ -210,6 +190,23 @@ def _walk(
                 break
         else:
             stack.pop()
+
+
+def _parameters(
+    root: nn.Module, prefix: str | None, recurse: bool, remove_duplicate: bool
+) -> Iterator[tuple[Any, nn.Parameter]]:
+    """The parameters, as torch's `named_parameters`; without names where `prefix` is None."""
+    modules: Any = [(prefix, root)]
+    if recurse:
+        modules = _walk(root, set(), prefix, remove_duplicate)
+    seen: set[int] = set()
+    for above, module in modules:
+        for name, p in module._parameters.items():
+            if p is None or id(p) in seen:
+                continue
+            if remove_duplicate:
+                seen.add(id(p))
+            yield f"{above}.{name}" if above else name, p
 
 
 class FlatTraversal:

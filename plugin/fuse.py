@@ -118,8 +118,7 @@ def fuse_with(
         config, fused.records, fused.unfuse, fused.notes, fused.fp8_noise, fused.checkpointing,
         fused.masks, fused.proofs, fused.proving_s,
     )  # fmt: skip
-    if not aside:
-        _add_traversal(report, model, any(record.fused for record in fused.records))
+    _add_traversal(report, model, aside)
     try:
         report.check_fused()
     except Exception:
@@ -129,17 +128,18 @@ def fuse_with(
     return report
 
 
-def _add_traversal(report: FuseReport, model: nn.Module, is_fused: bool) -> None:
+def _add_traversal(report: FuseReport, model: nn.Module, aside: str | None) -> None:
     """Flattens the walks over a model of which something else is fused, where that is asked for."""
     config = report.config
     if not config.fused_traversal:
         return
+    is_fused = any(one.fused for one in report.operations().values())
     found = flatten_traversal(model) if is_fused else None
     if found:
         report.add(found, found.undo)
     elif TRAVERSAL in config.model_fields_set:
-        reason = "its walks are not torch's" if is_fused else "nothing else of it is fused"
-        report.add(_not_fused(TRAVERSAL.removeprefix(PREFIX), reason))
+        why = aside or ("its walks are not torch's" if is_fused else "nothing else of it is fused")
+        report.add(_not_fused(TRAVERSAL.removeprefix(PREFIX), why))
 
 
 def add_optimizer(report: FuseReport, optimizer: Any) -> None:
@@ -233,11 +233,7 @@ def _apply(model: nn.Module, config: FuseConfig, plugins: Plugins) -> FusedModel
 
 def _stand_aside(config: FuseConfig, reason: str) -> FusedModel:
     asked = [name for name, on in config.enabled().items() if on]
-    asked += [FP8.removeprefix(PREFIX)] if config.fused_fp8 else []
-    asked += [GRAPHS.removeprefix(PREFIX)] if config.fused_graphs else []
-    asked += [FOLDED_WEIGHTS.removeprefix(PREFIX)] if config.fused_folded_weights else []
-    asked += [PADDING_FREE.removeprefix(PREFIX)] if config.fused_padding_free else []
+    flags = (FP8, GRAPHS, FOLDED_WEIGHTS, PADDING_FREE)
+    asked += [flag.removeprefix(PREFIX) for flag in flags if getattr(config, flag)]
     asked += [CHECKPOINTING] if config.fused_checkpointing != AUTO else []
-    walks = config.fused_traversal and TRAVERSAL in config.model_fields_set
-    asked += [TRAVERSAL.removeprefix(PREFIX)] if walks else []
     return FusedModel(records=[_not_fused(name, reason) for name in asked])

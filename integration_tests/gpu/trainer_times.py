@@ -9,9 +9,9 @@ them, read rows, log and clip as they do for their users. Each run is a process.
 logged, and the time of a step is that from one line of the log to the next; the first `WARM_UP`
 are left out. Loss, gradient norm and peak memory are what the trainer says.
 
-A system that is named twice runs twice. The runs of one trainer start from the same adapter and see
-the same rows. `axolotl` is with
-Axolotl's own LoRA kernels and its Liger plugin.
+The runs of one trainer start from the same adapter and see the same rows. `axolotl` is with
+Axolotl's own LoRA kernels and its Liger plugin. `--systems` also takes the ones of `BY_NAME`; what
+is named twice runs twice.
 """
 
 import argparse
@@ -67,11 +67,14 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "stock": STOCK,
     "lorafuse selective": FUSED | {"fused_checkpointing": "selective"},
     "lorafuse off": OFF,
+    "axolotl": PEER,
+    "axolotl, nothing recomputed": PEER | {"gradient_checkpointing": False},
+}
+# Those that run only where they are named.
+BY_NAME: dict[str, dict[str, Any]] = {
     "lorafuse off, torch's walks": OFF | TORCHS_WALKS,
     "lorafuse graphs": OFF | GRAPHS,
     "lorafuse graphs, torch's walks": OFF | GRAPHS | TORCHS_WALKS,
-    "axolotl": PEER,
-    "axolotl, nothing recomputed": PEER | {"gradient_checkpointing": False},
 }
 AXOLOTL = "axolotl.cli.main"
 MODEL, ADAPTER, ROWS = "model", "adapter", "rows.jsonl"
@@ -163,7 +166,7 @@ def settings_of(folder: Path, system: str, args: argparse.Namespace) -> dict[str
         "seed": 42,
         "logging_steps": 1,
         "save_steps": args.steps,
-    } | SYSTEMS[system]
+    } | (SYSTEMS | BY_NAME)[system]
 
 
 def train_with_trl(settings: Path) -> None:
@@ -270,7 +273,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--trainers", nargs="+", default=["axolotl", "trl"])
-    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=[*SYSTEMS, *BY_NAME])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--trl", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

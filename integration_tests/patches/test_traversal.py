@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from lorafuse import FuseConfig, fuse
 from lorafuse.patches.traversal import TRAIN, WALKS, FlatTraversal, flatten_traversal
-from lorafuse.plugin.errors import FuseConfigError
+from lorafuse.plugin.errors import FuseConfigError, FuseError
 
 ALL = (*WALKS, *TRAIN)
 NAMES = {"named_modules", "named_parameters", "parameters", "train", "num_parameters"}
@@ -150,18 +150,12 @@ def test_they_pass_for_methods():
         assert getattr(ours, name).__self__ is ours
 
 
-def peft_model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=64,
-    )  # fmt: skip
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1)
-    return get_peft_model(LlamaForCausalLM(config), lora)
+@pytest.fixture
+def model(make_peft):
+    return make_peft("llama", lora_dropout=0.1)
 
 
-def test_a_fused_model():
-    model = peft_model()
+def test_a_fused_model(model):
     core = model.get_base_model()
     wrapped = nn.Sequential(model)
     stock = [walked(one) for one in (model, core, wrapped)]
@@ -213,8 +207,7 @@ def counts(model):
     ]
 
 
-def test_parameters_are_counted_again_when_they_have_changed():
-    model = peft_model()
+def test_parameters_are_counted_again_when_they_have_changed(model):
     core = model.get_base_model()
     report = fuse(model, FuseConfig())
 
@@ -246,8 +239,8 @@ def test_parameters_are_counted_again_when_they_have_changed():
     assert counts(core) == known[-1]
 
 
-def test_four_bits(tmp_path):
-    peft_model().unload().save_pretrained(tmp_path)
+def test_four_bits(model, tmp_path):
+    model.unload().save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=True)
     base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
@@ -256,8 +249,7 @@ def test_four_bits(tmp_path):
     assert counts(base) == counts(base) == stock
 
 
-def test_a_part_with_a_train_of_its_own():
-    model = peft_model()
+def test_a_part_with_a_train_of_its_own(model):
     mlp = model.get_base_model().model.layers[0].mlp
     mlp.add_module("evaluating", AlwaysEvaluating())
     report = fuse(model, FuseConfig(fused_traversal=True, fused_rms_norm=True))
@@ -269,8 +261,7 @@ def test_a_part_with_a_train_of_its_own():
     ]
 
 
-def test_what_others_have_put_there_stays():
-    model = peft_model()
+def test_what_others_have_put_there_stays(model):
     layer = model.get_base_model().model.layers[0]
     layer.train = mine = lambda mode=True: layer
     report = fuse(model, FuseConfig())
@@ -281,12 +272,23 @@ def test_what_others_have_put_there_stays():
     assert "train" not in model.get_base_model().model.layers[1].__dict__
 
 
-def test_only_where_asked_for():
+def test_only_where_asked_for(model):
     for flags in ({"fused_traversal": False}, {"fused_rms_norm": True}):
-        report = fuse(model := peft_model(), FuseConfig(**flags))
+        report = fuse(model, FuseConfig(**flags))
         assert "traversal" not in report.operations()
         assert not NAMES & model.__dict__.keys()
-    plain = LlamaForCausalLM(peft_model().config)
+    strict = FuseConfig(
+        fused_moe=True, fused_rms_norm=True, fused_traversal=True, fused_strict=True
+    )
+    with pytest.raises(FuseError, match="fused_moe"):  # it has no experts
+        fuse(model, strict)
+    assert not NAMES & model.__dict__.keys()
+    wrapped = nn.DataParallel(model)
+    wrapped.device_ids = [0, 1]
+    report = fuse(wrapped, FuseConfig(fused_traversal=True))
+    (copied,) = report.operations()["traversal"].fallbacks
+    assert copied.reason.startswith("DataParallel copies it")
+    plain = model.unload()
     assert "traversal" not in fuse(plain, FuseConfig()).operations()
     report = fuse(plain, FuseConfig(fused_traversal=True))
     assert [str(one) for one in report.operations()["traversal"].fallbacks] == [
